@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from cnn2gnn_dist.data.packing.parquet_columns import (
     LABEL_COLUMNS,
     is_image,
     is_label,
+    no_column,
 )
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.inputs import image_column
 
 
 def find_columns(path: Path, label_column: str | None) -> tuple[tuple[str, str], bool]:
@@ -29,15 +32,15 @@ def find_columns(path: Path, label_column: str | None) -> tuple[tuple[str, str],
         Their names, and whether nothing but its type says that the second one holds the classes.
 
     Raises:
-        UserError: several columns could be the classes, and none has a usual name; the file can't be read.
-    """
+        UserError: there is no such column; several columns could be the images or the classes, and none has a usual
+            name; the file can't be read.
+    """  # noqa: DOC501
     with open_parquet(path) as file:
         schema = file.schema_arrow
-    images = [each.name for each in schema if is_image(each.type)]
     labels = [each.name for each in schema if is_label(each.type)]
-    image = next((name for name in IMAGE_COLUMNS if name in images), None)
-    if image is None:
-        image = images[0] if len(images) == 1 else IMAGE_COLUMNS[0]
+    if label_column is not None and label_column not in schema.names:
+        raise _for_option(no_column(path, schema, label_column, "label"))
+    image = _image_column(path, schema)
     label = label_column or next((name for name in LABEL_COLUMNS if name in labels), None)
     if label is not None:
         return (image, label), False
@@ -46,11 +49,66 @@ def find_columns(path: Path, label_column: str | None) -> tuple[tuple[str, str],
     if labels:
         raise UserError(
             f"no column is named {' or '.join(LABEL_COLUMNS)}, and {len(labels)} have a type that labels have: "
-            f"{', '.join(printable(name) for name in labels[:8])}",
+            f"{_listed(labels)}",
             where=str(path),
             remedy="name the one with the classes: --label-column NAME",
         )
-    return (image, LABEL_COLUMNS[0]), False
+    if (usual := next((name for name in LABEL_COLUMNS if name in schema.names), None)) is not None:
+        return (image, usual), False  # what it holds is said when it is read
+    raise UserError(
+        f"no column of the Parquet file is of integers or text, as labels are: {_listed(schema.names)}",
+        where=str(path),
+        remedy="add a column `label` with the class of each image, as an integer or text",
+    )
+
+
+def _image_column(path: Path, schema: Any) -> str:
+    usual = [each for name in IMAGE_COLUMNS for each in schema if each.name == name]
+    fitting = next((each.name for each in usual if is_image(each.type)), None)
+    if fitting is not None:
+        return str(fitting)
+    if usual and not any(is_image(each.type) for each in schema):
+        return str(usual[0].name)  # what it holds is said when it is read
+    return image_column(schema, str(path))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(printable(name) for name in names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def check_columns(paths: list[Path], columns: tuple[str, str], first: Path) -> None:
+    """Check that all files have the columns that were found in the first one.
+
+    Raises:
+        UserError: one has not, or can't be read.
+    """
+    for path in paths:
+        with open_parquet(path) as file:
+            names = file.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:
+            raise UserError(
+                f"the Parquet file has no column '{printable(missing[0])}', which {printable(first.name)} has, only: "
+                f"{_listed(names)}",
+                where=str(path),
+                remedy="give the column the same name in all files",
+            )
+
+
+def labels_in(paths: list[Path], columns: tuple[str, str]) -> Labels:
+    """The labels of files.
+
+    Raises:
+        UserError: as ``read_labels``, whose remedies are for a config: here the column is an option.
+    """  # noqa: DOC501
+    try:
+        return read_labels(paths, *columns)
+    except UserError as error:
+        raise _for_option(error) from None
+
+
+def _for_option(error: UserError) -> UserError:
+    remedy = error.remedy.replace("data.label_column=", "--label-column ")
+    return UserError(error.what, where=error.where, remedy=remedy)
 
 
 def guessed_labels(paths: list[Path], columns: tuple[str, str]) -> Labels:

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist.commands.init.columns import find_columns, guessed_labels
+from cnn2gnn_dist.commands.init.columns import (
+    check_columns,
+    find_columns,
+    guessed_labels,
+    labels_in,
+)
 from cnn2gnn_dist.commands.init.sources import Source
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode
 from cnn2gnn_dist.data.images.formats import image_suffix
@@ -20,7 +25,7 @@ from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.data.index.class_matching import ClassInfo, match, refuse_spellings
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set
-from cnn2gnn_dist.data.packing.parquet import open_parquet, read_column, read_labels
+from cnn2gnn_dist.data.packing.parquet import open_parquet, read_column
 from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.prepare import check_tree
@@ -208,7 +213,8 @@ def _tree(folder: str) -> Survey:
 def _parquet(source: Source, rng: np.random.Generator, label_column: str | None) -> Survey:
     paths = [Path(path) for path in files_of("parquet", source.train)]
     columns, guessed = find_columns(paths[0], label_column)
-    labels = guessed_labels(paths, columns) if guessed else read_labels(paths, *columns)
+    check_columns(paths, columns, paths[0])
+    labels = guessed_labels(paths, columns) if guessed else labels_in(paths, columns)
     label_N = np.concatenate(labels.files)
     names = [str(name or number) for number, name in enumerate(labels.classes)]
     survey = Survey(source, names, np.bincount(label_N, minlength=len(names)), columns=columns)
@@ -219,7 +225,8 @@ def _parquet(source: Source, rng: np.random.Generator, label_column: str | None)
         )
     if source.test is not None:
         test = [Path(path) for path in files_of("parquet", source.test)]
-        held = read_labels(test, *columns)
+        check_columns(test, columns, paths[0])
+        held = labels_in(test, columns)
         survey.held = sum(map(len, held.files))
         _check_held(_named(labels.classes), _named(held.classes), np.concatenate(held.files))
     _decode(survey, _rows(paths, columns[0], rng))

@@ -13,6 +13,7 @@ import pyarrow as pa
 from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of
 from cnn2gnn_dist.data.tar.tar_file import shown
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.log import quoted
 
 IMAGE_COLUMNS = ("image", "img")
 """Usual names of the column of images."""
@@ -69,7 +70,7 @@ def no_column(path: Path, schema: pa.Schema, column: str, field: str) -> UserErr
         )
     remedy = f"set data.{field}_column=NAME to the column with the {field}s"
     if likely:
-        choices = " or ".join(f"data.{field}_column={name}" for name in likely[:4])
+        choices = " or ".join(f"data.{field}_column={quoted(name)}" for name in likely[:4])
         remedy = f"did you mean {choices}?"
     return UserError(
         f"the Parquet file has no column '{column}', only: {', '.join(schema.names)}",

@@ -236,6 +236,54 @@ def test_a_column_that_cannot_be_the_classes_is_named_and_refused(tmp_path, colu
     assert "--label-column NAME" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("columns", "label_column", "said", "remedy"),
+    [
+        ({"score": [0.5] * 60}, None, "is of integers or text", "add a column `label`"),
+        ({"label": [None] * 60}, None, "all rows are null", "another column: --label-column NAME"),
+        ({"label": [0.0, 1.0] * 30}, None, "regression targets", "save the column as integers"),
+        ({"my kind": [0, 1] * 30}, "kind", "no column 'kind'", "mean --label-column 'my kind'?"),
+        ({"score": [0.5] * 60}, "kind", "no column 'kind'", "set --label-column NAME to the"),
+    ],
+)
+def test_columns_of_labels_that_are_missing_are_named_with_what_init_accepts(
+    tmp_path, columns, label_column, said, remedy
+):
+    with pytest.raises(UserError) as caught:
+        look(parquet_of(tmp_path / "a.parquet", columns), label_column=label_column)
+    assert said in caught.value.what
+    assert remedy in caught.value.remedy
+    assert "data." not in caught.value.remedy
+
+
+def test_columns_of_images_are_found_or_named_with_what_init_accepts(tmp_path):
+    data = [encode_image(one) for one in random_images(24, 32, 32)]
+    rows = [{"bytes": one, "path": None} for one in data]
+    labels = {"label": [0, 1] * 12}
+
+    def seen(columns, name="a"):
+        pq.write_table(pa.table(columns | labels), tmp_path / f"{name}.parquet")
+        return look(find_source(str(tmp_path / f"{name}.parquet")))
+
+    assert seen({"photo": rows, "digest": [b"1"] * 24}).columns == ("photo", "label")
+    assert seen({"image": ["a.png"] * 24, "img": data}).columns == ("img", "label")
+    for columns, said, remedy in (
+        ({"front": rows, "back": rows}, "front, back", "name the right one 'image'"),
+        ({"image": ["a.png"] * 24}, "'image' is string", "encoded images"),
+        ({"pixels": [1.5] * 24}, "none of these columns holds images", "a column of bytes"),
+    ):
+        with pytest.raises(UserError) as caught:
+            seen(columns)
+        assert said in caught.value.what
+        assert remedy in caught.value.remedy
+    (tmp_path / "a.parquet").unlink()
+    for part, name in (("train", "photo"), ("test", "picture")):
+        pq.write_table(pa.table({name: rows} | labels), tmp_path / f"{part}-0.parquet")
+    with pytest.raises(UserError, match=r"no column .photo., which train-0\.parquet has") as caught:
+        look(find_source(str(tmp_path)))
+    assert caught.value.where.endswith("test-0.parquet")
+
+
 def test_a_guessed_column_of_labels_is_named(tmp_path):
     source = parquet_of(tmp_path / "a.parquet", {"species": [0, 1, 1] * 20})
     seen = look(source)
