@@ -19,7 +19,7 @@ from cnn2gnn_dist.data.index import manifest
 from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.inputs import SHARD_SUFFIXES, Input, expand, image_column, is_shard
+from cnn2gnn_dist.inference.inputs import Input, expand, image_column, is_shard
 from cnn2gnn_dist.log import quoted
 
 _log = logging.getLogger(__name__)
@@ -86,10 +86,11 @@ def _of_folder(path: str, classes: Sequence[str]) -> Iterator[Labelled]:
 
 def _files_in(folder: str) -> str:
     """The remedy for a folder of shards or Parquet files, which are named themselves; "" for any other."""
-    for suffix in (*SHARD_SUFFIXES, ".parquet"):
-        if any(name.endswith(suffix) for name in os.listdir(folder)):
+    names = os.listdir(folder)
+    for suffix in (".tar", ".parquet"):
+        if any(name.endswith(suffix) for name in names):
             return f"name the files in it: {quoted(os.path.join(folder, ''))}*{suffix}"
-    return ""
+    return "decompress the tar files in it, and name them" if any(map(is_shard, names)) else ""
 
 
 def _of_shard(path: str, classes: Sequence[str]) -> Iterator[Labelled]:

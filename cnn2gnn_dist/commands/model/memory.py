@@ -127,7 +127,7 @@ def forget(folder: Path, keys: Sequence[str]) -> int:
     listed = forgotten(memory.root)
     output(
         f"{counted(len(listed), 'key')} {'is' if len(listed) == 1 else 'are'} in {memory.root / 'forgotten.csv'}: "
-        "train with data.relabel=THAT_FILE to leave these images out"
+        "train with a copy of this list as data.relabel to leave these images out"
     )
     for line in _not_left_out(keys, added):
         output(line)

@@ -1,5 +1,6 @@
 """`evaluate --model`: the figures of scikit-learn, from any kind of labeled images."""
 
+import gzip
 import json
 import resource
 import shutil
@@ -137,6 +138,21 @@ def test_files_in_a_folder_are_to_be_named(images, labels, tmp_path, kind):
     with pytest.raises(UserError, match="no class folders with images") as caught:
         next(labelled([str(folder)], NAMES))
     assert caught.value.remedy == f"name the files in it: '{folder}/'*.{kind}"
+
+
+def test_compressed_shards_in_a_folder_are_to_be_decompressed(images, labels, tmp_path):
+    """Their images are read by their places in the file: naming the files would be refused next."""
+    (shard,) = make_shards(tmp_path, images, labels, shard_size=COUNT)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    for path in ("s", "s/a.tar.gz"):
+        with pytest.raises(UserError) as caught:
+            next(labelled([str(tmp_path / path)], NAMES))
+        assert "decompress" in caught.value.remedy
+    (tmp_path / "s" / "a.tar").write_bytes(shard.read_bytes())
+    with pytest.raises(UserError) as caught:
+        next(labelled([str(tmp_path / "s")], NAMES))
+    assert caught.value.remedy == f"name the files in it: {tmp_path}/s/*.tar"
 
 
 @pytest.mark.parametrize("scope", ["batch", "none"])
