@@ -69,7 +69,8 @@ def command(
 
     Raises:
         UserError: neither a run with a graph nor a model with a memory; unknown keys or classes
-            in the decisions; the folder can't be written to; the disk is full; the model forgot images meanwhile.
+            in the decisions; the folder can't be written to; the disk is full; meanwhile the model
+            forgot images, or was replaced.
     """
     if top < 0:
         raise UserError(
@@ -126,7 +127,7 @@ def _write_map(source: Source, found: Findings, folder: Path) -> None:
 
 
 def _refuse_forgotten(source: Source, folder: Path) -> None:
-    """Delete what was written if it shows images that the model has forgotten since it was opened.
+    """Delete what was written if the model has forgotten images since it was opened, or is another one by now.
 
     Raises:
         UserError: it did.
@@ -136,10 +137,15 @@ def _refuse_forgotten(source: Source, folder: Path) -> None:
     own = root is not None and folder.resolve() == root.with_name(artefact.AUDIT).resolve()
     with turns.editing(root, EDIT_S) if root is not None and own else nullcontext():
         gone = source.forgotten_meanwhile()
-        if not gone and not (own and source.has_forgotten()):
+        if own and source.is_replaced():
+            happened = "another model took the place of this one"
+        elif gone:
+            happened = f"{len(gone)} of these images were forgotten"
+        elif own and source.has_forgotten():
+            happened = "other images of the model were forgotten"
+        else:
             return
-        which = f"{len(gone)} of these images" if gone else "other images of the model"
-        what = f"{which} were forgotten while the audit was made"
+        what = f"{happened} while the audit was made"
         try:
             audit_folder.forget(folder, gone)
         except (OSError, ValueError) as error:

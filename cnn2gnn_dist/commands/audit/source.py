@@ -123,6 +123,14 @@ class Source:
         """Whether a model has forgotten any image since it was opened, shown or not: its own audit is deleted then."""
         return False
 
+    def is_replaced(self) -> bool:
+        """Whether another model is in a model's folder by now.
+
+        Raises:
+            UserError: it is damaged, or gone.
+        """
+        return False
+
     def middle_size(self) -> tuple[int, int] | None:
         """Height and width in pixels of the training image of median shorter side, of some; None: not known.
 
@@ -247,6 +255,7 @@ def _of_run(folder: Path) -> Source:
 
 class _ModelSource(Source):
     thumbnails: Thumbnails
+    identity: tuple[str, str]
 
     def pictures(self, rows: Sequence[int]) -> list[bytes | None]:
         return self.thumbnails.jpegs(rows)
@@ -271,9 +280,13 @@ class _ModelSource(Source):
         assert self.memory is not None
         return not set(self.forgotten).issuperset(forgotten(self.memory))
 
+    def is_replaced(self) -> bool:
+        assert self.memory is not None
+        return artefact.identity(self.memory.parent) != self.identity
+
 
 def _of_model(folder: Path) -> Source:
-    config = artefact.read_config(folder)
+    config, identity = artefact.read_config(folder), artefact.identity(folder)
     artefact.check_files(folder, read=False)
     if not (folder / artefact.MEMORY / store.HEAD).is_file():
         raise UserError(
@@ -297,7 +310,7 @@ def _of_model(folder: Path) -> Source:
         warning="" if artefact.RELABELLED in config.source else _NOT_KEPT,
         memory=memory.root,
     )
-    source.thumbnails = Thumbnails(memory)
+    source.thumbnails, source.identity = Thumbnails(memory), identity
     return source
 
 

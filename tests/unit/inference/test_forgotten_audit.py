@@ -12,7 +12,7 @@ from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import decisions, edits, store
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.serving.live import LiveModel
-from tests.support.models import pictures
+from tests.support.models import pictures, write_model
 
 MADE = (
     "index.html",
@@ -149,6 +149,25 @@ def test_an_audit_that_is_deleted_under_way_is_not_said_to_be_there(
     assert not (folder / artefact.AUDIT).exists()
     monkeypatch.undo()
     assert cli.main(["audit", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("late", ["write_page", "_audit"])
+def test_an_audit_whose_model_is_replaced_under_way_is_not_left_in_the_other_ones_folder(
+    model, tmp_path, monkeypatch, capsys, late
+):
+    """Its folder goes with the model; or, if that is early, it is made in the new one's."""
+    other, run = write_model(tmp_path / "other", seed=5), getattr(command, late)
+
+    def replace_first(*arguments, **options):
+        assert cli.main(["export", str(other), "--to", str(model.folder), "--force"]) == 0
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(command, late, replace_first)
+    assert cli.main(["audit", str(model.folder)]) == 2
+    told = capsys.readouterr()
+    assert "another model took the place of this one while the audit was made" in told.err
+    assert "look  " not in told.out
+    assert not (model.folder / artefact.AUDIT).exists()
 
 
 def test_files_that_no_audit_has_written_stay(model):
