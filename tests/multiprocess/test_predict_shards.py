@@ -223,6 +223,12 @@ def test_a_damaged_input_costs_the_others_nothing_and_is_named_at_the_end(asked,
     assert f"answers  {out}: 3 images of 1 input, 2 inputs were already answered\n" in told.out
     assert "cnn2gnn: 1 input was not answered" in told.err
     assert answers(out / "cut.tar.parquet") == [f"{cut}/{n}.png" for n in range(3)]
+    assert "from before it changed" not in told.err
+    cut.write_bytes(whole[: 1024 * 2 + 100])
+    assert cli.main(call) == 1
+    told = capsys.readouterr().err
+    assert told.count("from before it changed") == 1
+    assert f"; the answers in {out}/cut.tar.parquet are from before" in told
 
 
 def test_a_damaged_input_costs_the_other_ranks_nothing_under_torchrun(asked, tmp_path):

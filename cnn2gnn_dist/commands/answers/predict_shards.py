@@ -179,11 +179,15 @@ def _report_unreadable(tasks: list[Task]) -> int:
 
 
 def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
-    """Answer an input into its file; one that can't be read to its end gets none."""
+    """Answer an input into its file; one that can't be read to its end gets none, but keeps those from before."""
     try:
         return _answered(classifier, asked, task)
     except _Damaged as damaged:
-        return Counted(0, [], damaged.error)
+        error = damaged.error
+    if task[1].is_file():
+        what = f"{error.what}; the answers in {task[1]} are from before it changed"
+        error = UserError(what, where=error.where, remedy=error.remedy)
+    return Counted(0, [], error)
 
 
 def _images(given: str) -> Iterator[Input]:
