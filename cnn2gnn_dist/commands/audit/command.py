@@ -107,7 +107,8 @@ def _audit(
             for name, table in tables.items():
                 audit_files.write(folder, name, table, as_csv=as_csv)
             write_page(folder / PAGE, View(source, found, held, exact_P, top).data(place, tables))
-            if with_map:
+            if with_map:  # for minutes, in which a kill would leave the page as it is
+                _refuse_forgotten(source, folder)
                 _write_map(source, found, folder)
     finally:  # also where a file could not be written, because ``memory forget`` had deleted it
         _refuse_forgotten(source, folder)
