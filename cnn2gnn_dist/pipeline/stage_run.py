@@ -196,13 +196,7 @@ def prepare_folder(
     # A teacher that is not trained has nothing to resume: its checkpoint would pass for the weights given now.
     resumes = stage.trains and (stage.name != "teacher" or survey.config.teacher.epochs > 0)
     if step.status is Status.STALE and force and resumes:
-        _log.warning(f"resuming anyway: {step.why}", extra={"stage": stage.name})
-        if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
-            _log.warning(
-                "it may have been trained on held-out images, which would inflate its accuracy; "
-                "--update retrains it",
-                extra={"stage": stage.name},
-            )
+        _warn_of_force(step, folder)
     elif (
         step.status is Status.STALE
         or (update and _of_another_config(step, folder))
@@ -229,6 +223,24 @@ def prepare_folder(
     if survey.inputs(stage):
         survey.keep()
     return step
+
+
+def _warn_of_force(step: Step, folder: Path) -> None:
+    """Say what a training that goes on under another config keeps of the earlier one."""
+    notes = [f"resuming anyway: {step.why}"]
+    if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
+        notes.append(
+            "it may have been trained on held-out images, which would inflate its accuracy; "
+            "--update retrains it"
+        )
+    before = ledger.finished(folder)
+    epochs = f"{'teacher' if step.stage.name == 'teacher' else 'student'}.epochs"
+    if before is not None and keys.parts_of(before).get(epochs, 0) >= step.parts[epochs]:
+        notes.append(
+            "it is finished, so that no step is trained with what has changed; --update retrains it"
+        )
+    for note in notes:
+        _log.warning(note, extra={"stage": step.stage.name})
 
 
 def _edits(step: Step, root: Path) -> str:

@@ -141,6 +141,30 @@ def test_no_edit_of_the_memory_is_under_way_when_a_model_is_set_aside(tmp_path, 
         assert (aside / "HEAD").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "finished", "keeps"),
+    [
+        (["student.lr=0.5"], True, True),
+        (["student.lr=0.5", "student.epochs=3"], True, True),
+        (["student.lr=0.5", "student.epochs=99"], True, False),  # it goes on
+        (["student.lr=0.5"], False, False),
+    ],
+)
+def test_force_says_of_a_finished_training_that_its_weights_stay(
+    tmp_path, capsys, console, options, finished, keeps
+):
+    """Its record then has the new fields: a control with another rate would pass for one trained alike."""
+    make_whole(config(tmp_path), 9)
+    if not finished:
+        (tmp_path / "run" / "control" / ledger.DONE).unlink()
+    changed = config(tmp_path, *options)
+    control = next(s for s in runner.plan(changed) if s.stage.name == "control")
+    stage_run.prepare_folder(Survey(changed), control, update=False, force=True)
+    told = "".join(capsys.readouterr())
+    assert "resuming anyway" in told
+    assert ("no step is trained with what has changed; --update" in told) == keeps
+
+
 def test_force_takes_the_weights_that_are_given_now(tmp_path):
     """A teacher of 0 epochs is a file's network: an earlier file's checkpoint is no training to resume."""
     for name in ("one.pth", "two.pth"):
