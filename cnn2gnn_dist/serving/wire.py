@@ -16,6 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from cnn2gnn_dist.data.images.decode import NO_IMAGE
 from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.inputs import Input
 from cnn2gnn_dist.serving.limits import Limits, Refused
@@ -201,9 +202,8 @@ def as_json(answer: Answer) -> dict[str, Any]:
     """An answer as plain data: ``Answer.as_dict`` with the rows of the neighbors."""
     made = answer.as_dict()
     if answer.error is not None:
-        return made | {
-            "error": f"not readable as an image: {plain_text(answer.error, LONGEST_ERROR)}"
-        }
+        why = plain_text(answer.error.removesuffix(NO_IMAGE), LONGEST_ERROR)
+        return made | {"error": f"not readable as an image: {why}"}
     for shown, neighbour in zip(made.get("neighbours", ()), answer.neighbours, strict=False):
         shown["row"] = neighbour.row
     return finite(made)
