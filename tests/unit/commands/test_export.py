@@ -121,7 +121,7 @@ def test_a_copy_over_one_whose_removal_was_killed_keeps_nothing_of_it(tmp_path):
     assert "img-3" not in store.keys_on_disk(copied.memory.root)
 
 
-@pytest.mark.parametrize("stop_at", range(3))
+@pytest.mark.parametrize("stop_at", range(4))
 def test_what_a_killed_removal_left_is_still_known_to_be_a_memory(tmp_path, stop_at, monkeypatch):
     """Also where nothing else of the model is there."""
     model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
