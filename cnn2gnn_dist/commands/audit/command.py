@@ -142,7 +142,7 @@ def _refuse_forgotten(source: Source, folder: Path) -> None:
             happened = "another model took the place of this one"
         elif gone:
             happened = f"{len(gone)} of these images were forgotten"
-        elif own and source.has_forgotten():
+        elif own and source.has_forgotten() and not _is_whole(folder):
             happened = "other images of the model were forgotten"
         else:
             return
@@ -158,6 +158,10 @@ def _refuse_forgotten(source: Source, folder: Path) -> None:
     raise UserError(
         f"{what}, which is therefore deleted", where=str(folder), remedy="run the command again"
     )
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (PAGE, *(f"{one}.parquet" for one in TABLES)))
 
 
 def _exact(source: Source, found: Findings) -> np.ndarray:

@@ -148,7 +148,15 @@ def test_an_audit_that_is_deleted_under_way_is_not_said_to_be_there(
     assert "look  " not in told.out
     assert not (folder / artefact.AUDIT).exists()
     monkeypatch.undo()
+    find = command.audit  # before anything is written, there is nothing to delete
+
+    def forget_before(*arguments, **options):
+        editing.forget(Classifier.open(folder, device="cpu"), ["apart-8"])
+        return find(*arguments, **options)
+
+    monkeypatch.setattr(command, "audit", forget_before)
     assert cli.main(["audit", str(folder)]) == 0
+    assert all((folder / artefact.AUDIT / name).is_file() for name in MADE)
 
 
 @pytest.mark.parametrize("late", ["write_page", "_audit"])
