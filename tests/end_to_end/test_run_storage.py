@@ -29,6 +29,8 @@ from tests.support.runs import (
 from tests.support.stored import record_files, s3_bucket
 from tests.support.watching import kill_all
 
+COMPLETE = re.compile(r"checkpoints/step-\d+/manifest\.json")
+
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
@@ -37,9 +39,14 @@ def bucket() -> Iterator[Any]:
 
 
 def reach_stored(process: Any, fs: Any, url: str, stage: str, checkpoint: str) -> None:
-    """Wait until the storage has this checkpoint of a training in progress."""
+    """Wait until the storage has this checkpoint of a training in progress, or a later one: not every one is copied."""
     deadline = time.monotonic() + 400
-    while f"checkpoints/{checkpoint}/manifest.json" not in record_files(fs, url, stage):
+
+    def newest() -> str:
+        names = record_files(fs, url, stage)
+        return max((name.split("/")[1] for name in names if COMPLETE.fullmatch(name)), default="")
+
+    while newest() < checkpoint:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise AssertionError(f"no {stage} {checkpoint}:\n{process.communicate()[0][-4000:]}")
