@@ -44,7 +44,7 @@ def lines_made_from(source: str, file: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in text.splitlines()]
     own = [line for line in lines if line.get("made_from") == source]
     if others := len(lines) - len(own):
-        print(f"{file}: {others} lines were made from something else", file=sys.stderr)
+        print(f"{file}: lines made from something else: {others}", file=sys.stderr)
     return own
 
 

@@ -245,7 +245,7 @@ def test_what_was_forgotten_stays_left_out_whatever_is_decided(micro_run, tmp_pa
     capsys.readouterr()
     assert cli.main(["audit", str(run), "--fix", str(tmp_path / "labels.csv")]) == 0
     assert (
-        f"1 decisions do not count: these images were forgotten, and stay left out: {shard}/{first}"
+        f"decisions that do not count (1), since these images were forgotten and stay left out: {shard}/{first}"
         in (capsys.readouterr().err)
     )
     listed = read_relabel(run / "audit" / "relabel.csv")

@@ -300,7 +300,7 @@ def _without_forgotten(decisions: dict[str, Decision], source: Source) -> dict[s
     if lost:
         some = ", ".join(lost[:NAMED]) + (", …" if len(lost) > NAMED else "")
         _log.warning(
-            f"{len(lost)} decisions do not count: these images were forgotten, and stay left out: {some}"
+            f"decisions that do not count ({len(lost)}), since these images were forgotten and stay left out: {some}"
         )
     return kept
 

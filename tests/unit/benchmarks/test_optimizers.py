@@ -128,7 +128,7 @@ def test_what_is_done_is_not_trained_again(
     assert [found(), found()] == [1, 1]
     recipe.write_text("teacher: {epochs: 5, label_smoothing: 0.5}\ndata: {train: /x, test: /x}")
     assert [found(), found()] == [2, 2]
-    assert "1 lines were made from something else" in capsys.readouterr().err
+    assert "lines made from something else: 1" in capsys.readouterr().err
     images.write_text("other images")
     assert [found(), found()] == [3, 3]
     code.write_text("an edit of the module")

@@ -33,7 +33,7 @@ def test_a_decision_saved_before_an_image_was_forgotten_does_not_count(tmp_path,
     (tmp_path / "labels.csv").write_text("key,class\nimg-1,class 2\nimg-3,class 2\nimg-4,drop\n")
     assert cli.main(["audit", str(model), "--fix", str(tmp_path / "labels.csv")]) == 0
     told = capsys.readouterr()
-    assert "1 decisions do not count" in told.err
+    assert "decisions that do not count (1)" in told.err
     assert "stay left out: img-3\n" in told.err
     assert "1 image gets a class, 0 are left out" in told.out
     made = read_relabel(model / "audit" / "relabel.csv")
