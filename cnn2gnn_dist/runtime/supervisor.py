@@ -173,7 +173,10 @@ def _start(spec: Spec, name: str, log: IO[Any]) -> subprocess.Popen[bytes]:
 
 
 def _first_exit(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
-    """Wait; returns which process ended and how, "" if the parent is gone or closed the pipe."""
+    """Wait; returns which process ended and how, "" if the parent is gone or closed the pipe.
+
+    Of several that have ended it is the first in the order of ``running``, whose end may be what ended the others.
+    """
     names = {os.pidfd_open(process.pid): name for name, process in running.items()}
     poll = select.poll()
     poll.register(sys.stdin, select.POLLIN | select.POLLHUP)
@@ -182,7 +185,7 @@ def _first_exit(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
     ended = {number for number, _ in poll.poll()}
     if sys.stdin.fileno() in ended:
         return ""
-    name = names[ended.pop()]
+    name = next(name for number, name in names.items() if number in ended)
     code = running[name].wait()
     how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
     return f"{name} {how}"

@@ -150,6 +150,21 @@ def test_a_lost_process_is_a_named_error_on_every_rank(victim, tmp_path):
             machines[0].neighbours(np.arange(N), 3, **KEY)
 
 
+def test_a_client_that_queries_a_lost_server_says_that_the_loss_is_elsewhere(tmp_path):
+    """Between two requests: then the client is aborted by its next one, instead of waiting for an answer."""
+    version = make_version(tmp_path, 2)
+    with serving(version, tmp_path, timeout_s=30) as machines:
+        for machine in machines:
+            machine.neighbours(np.arange(N), 3, **KEY)
+        lost = psutil.Process(machines[1].processes["server"])
+        lost.kill()
+        assert not psutil.wait_procs([lost], timeout=30)[1]
+        with pytest.raises(PeerLost, match="partition 1: server was killed by signal 9"):
+            ask_on(machines[1])
+        with pytest.raises(PeerLost, match=r"partition 0: client .* signal 6: a server that it"):
+            ask_on(machines[0])
+
+
 def test_a_silent_server_is_lost_after_the_timeout(tmp_path):
     """A rank that needs it reports it; its own rank, which reads its shared memory, does not notice."""
     version = make_version(tmp_path, 2)

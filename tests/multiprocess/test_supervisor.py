@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -46,6 +47,18 @@ def test_the_end_of_one_is_named_and_ends_the_others(how, said):
     assert made.started()
     assert made.first_exit() == said
     assert gone(made.processes.values())
+    made.end()
+
+
+def test_of_several_that_ended_the_first_is_named():
+    made = SupervisedProcesses(Spec({"first": WAIT, "second": WAIT}, isolated=False))
+    assert made.started()
+    supervisor = made._supervisor.pid
+    os.kill(supervisor, signal.SIGSTOP)
+    for name in ("second", "first"):
+        os.kill(made.processes[name], signal.SIGKILL)
+    os.kill(supervisor, signal.SIGCONT)
+    assert made.first_exit() == "first was killed by signal 9"
     made.end()
 
 

@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -37,6 +38,8 @@ START_SECONDS = 300.0
 """Minimum time for servers and clients to find each other: each imports DGL first, and it sleeps 3 s at a time."""
 NOTICE_SECONDS = 2.0
 """Time for a rank to notice by itself that its server or client has exited."""
+ABORTED = "client was killed by signal 6"
+"""How DGL's client exits when it sends a request to a server that is gone (its thread for sending ends in abort)."""
 GRAPH_NAME = "knn"
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 
@@ -200,6 +203,9 @@ class ServedGraph:
         if not silent:
             self._ended.wait()  # a process that closes the socket has exited or is about to
         self._machine.end()
+        if self._how == ABORTED and not silent:
+            time.sleep(2 * NOTICE_SECONDS)  # the rank whose server is gone reports first
+            return self._error(f"{ABORTED}: a server that it queried is gone; see the other ranks")
         return self._error(silent or self._how)
 
     def _error(self, what: str) -> PeerLost:
