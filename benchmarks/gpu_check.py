@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from free_ports import free_port  # noqa: E402
 from gpu_checking import Outcome, Setting, Skip  # noqa: E402
 
 ALONE = ("environment", "search", "parity", "autocast", "gather", "throughput", "memory")
@@ -63,9 +63,7 @@ def check(name: str, setting: Setting) -> dict[str, Any]:
 def made(name: str, setting: Setting) -> dict[str, Any]:
     """Run one check in separate processes; combine the results of the ranks of a group."""
     ranks = setting.ranks if name in TOGETHER else 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     begin = time.monotonic()
     files = [setting.out / f".{name}-{rank}.json" for rank in range(ranks)]
     processes = []

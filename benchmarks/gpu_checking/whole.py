@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from free_ports import free_port
 from gpu_checking import Outcome, Setting, Skip
 
 from cnn2gnn_dist.training.checkpoint import folder as disk
@@ -122,12 +122,9 @@ def start(setting: Setting, run: Path, *more: str, ranks: int) -> subprocess.Pop
     """Start launch/train.py under torchrun, in a separate process group."""
     if importlib.util.find_spec("deepspeed") is None:
         raise Skip("No module named 'deepspeed'")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-        "--master_addr", "127.0.0.1", "--master_port", str(port), "launch/train.py",
+        "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "launch/train.py",
         "--config", "demo", *(TOY if setting.toy else []), f"device={setting.device}",
         "graph.partition.partitioner=ranges", f"run.dir={run}", *more,
     ]  # fmt: skip

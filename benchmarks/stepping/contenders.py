@@ -7,7 +7,6 @@ train, and batches of (loss, bytes of features gathered, fraction of remote node
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from free_ports import free_port
 from torch import Tensor, nn
 
 CLASSES, DIM, HIDDEN, PROJECTION, BATCH, FANOUT, K = 1000, 128, 128, 64, 512, 10, 10
@@ -135,9 +135,8 @@ def _served(arrays: Arrays, rank: int) -> Any:
     path = arrays.folder / "served" / "v0000"
     if rank == 0 and not path.exists():
         _write_version(arrays, path.parent)
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        addresses: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(addresses, found.getsockname())
+    addresses: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(addresses, ("127.0.0.1", free_port()))
     task = Task(str(path), rank, f"{path.parent}/machine{rank}", addresses, 0)
     own = np.flatnonzero(np.asarray(arrays.part) == rank)
     made = ServedGraph(task, own, len(arrays.part), isolated=True, timeout_s=300)

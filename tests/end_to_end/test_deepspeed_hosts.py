@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.support import hosts, logins
 from tests.support.hosts import Host
-from tests.support.runs import BIN, MICRO, environment, finish, free_port
+from tests.support.ports import free_port
+from tests.support.runs import BIN, MICRO, environment, finish
 
 pytestmark = hosts.needed("pdsh", *logins.PROGRAMS)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import short_folder
-from tests.support.runs import environment, free_port
+from tests.support.ports import free_port
+from tests.support.runs import environment
 from tests.support.serving import TOKEN, served_model
 
 pytestmark = pytest.mark.ray
@@ -24,7 +25,7 @@ import psutil
 import ray
 from ray import serve
 from tests.support import held_replica
-from tests.support.runs import BIN, free_port
+from tests.support.runs import BIN
 from tests.support.serving import ALLOWED, encoded, parts
 
 model, port, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]

@@ -15,13 +15,13 @@ import pytest
 
 from cnn2gnn_dist import cli
 from tests.support import short_folder
+from tests.support.ports import free_port
 from tests.support.runs import (
     BIN,
     MICRO,
     bare_environment,
     environment,
     finish,
-    free_port,
     results,
     scores,
     start,
@@ -76,7 +76,7 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
 
 def jobs_script(tmp_path: Path, session: Path, run: Path, stopped: Path) -> str:
     """A script that starts a cluster, submits jobs in every way, stops one, and prints the exit code of each."""
-    ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
+    ports = {name: free_port() for name in ("gcs", "dashboard", "client")}
     teacher = (
         f"{sys.executable} -m cnn2gnn_dist teacher --config demo {_quoted(MICRO)} run.dir={run}"
     )
@@ -159,13 +159,6 @@ def test_ray_job(micro_run, tmp_path):
     assert [path for path in made if token in path.read_bytes()] == []
     latest = run_3 / "teacher" / "checkpoints" / "latest"
     assert latest.read_text() == f"step-{int(step[1]):08d}"
-
-
-def free_port_outside_workers() -> int:
-    """Ray reserves 10002-19999 for its workers."""
-    while 10002 <= (port := free_port()) <= 19999:
-        pass
-    return port
 
 
 def _quoted(arguments: list[str]) -> str:

@@ -16,6 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT
 from cnn2gnn_dist.runtime.ray import probe as ray_probe
 from tests.support import rank_group, runs
+from tests.support.ports import free_port
 
 
 def own_sockets() -> list[str]:
@@ -92,7 +93,7 @@ def test_the_clusters_token_is_in_no_command_and_no_log(ray_cluster):
 
 @pytest.mark.parametrize("held_by", ["RAY_ADDRESS", "cluster.address", "GLOO_SOCKET_IFNAME"])
 def test_a_run_that_can_go_nowhere_ends_before_anything_is_started(tmp_path, held_by):
-    value = "nothing9" if held_by.startswith("GLOO") else f"127.0.0.1:{runs.free_port()}"
+    value = "nothing9" if held_by.startswith("GLOO") else f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "cnn2gnn_dist", "teacher", "--config", "demo", "device=cpu"]
     command += [f"run.dir={tmp_path / 'run'}"]
     env = runs.bare_environment(tmp_path)

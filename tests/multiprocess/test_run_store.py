@@ -18,7 +18,8 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.run_storage.store import Damaged, Store, TakenOver
 from tests.support import REPOSITORY
 from tests.support.forks import Fork
-from tests.support.runs import environment, free_port
+from tests.support.ports import free_port
+from tests.support.runs import environment
 from tests.support.servers import http_server
 from tests.support.stored import put_and_die, s3_access, s3_bucket, sources
 

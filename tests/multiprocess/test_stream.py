@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tests.support import REPOSITORY
-from tests.support.rank_group import free_port
+from tests.support.ports import free_port
 from tests.support.shards import make_shards, random_images
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter, open_version
 from cnn2gnn_dist.runtime.supervisor import can_isolate
+from tests.support.ports import free_port
 
 N, D, DIM, M = 300, 6, 4, 8
 
@@ -52,10 +52,7 @@ def serving(
     """One running machine per partition."""
     part_N = np.asarray(version.part)
     parts = int(part_N.max()) + 1
-    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(parts)]
-    addresses = [("127.0.0.1", s.getsockname()[1]) for s in taken]
-    for s in taken:
-        s.close()
+    addresses = [("127.0.0.1", free_port()) for _ in range(parts)]
 
     def start(part: int) -> ServedGraph:
         task = Task(str(version.path), part, str(folder / f"machine{part}"), addresses, 0)

@@ -17,6 +17,7 @@ from cnn2gnn_dist.runtime.group import members
 from cnn2gnn_dist.runtime.shared_files import shared_folder
 from tests.support import runs
 from tests.support.forks import Fork
+from tests.support.ports import free_port
 
 RUN = Path("/proc/self/cwd/run")
 
@@ -33,7 +34,7 @@ def start(
     """
     arguments = ["--config", "demo", *runs.MICRO, f"run.dir={RUN}", *overrides]
     hosts = [folder.name for folder in folders] if names is None else list(names)
-    port = str(runs.free_port())
+    port = str(free_port())
     ranks = []
     for rank, (folder, host) in enumerate(zip(folders, hosts, strict=True)):
         folder.mkdir(exist_ok=True)

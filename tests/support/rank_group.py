@@ -11,7 +11,6 @@ import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 from tests.support import REPOSITORY
 from tests.support.forks import Fork
+from tests.support.ports import free_port
 
 GROUP_TIMEOUT_S = 60.0
 
@@ -33,13 +33,6 @@ class Outcome:
     returncode: int
     value: Any
     output: str
-
-
-def free_port() -> int:
-    """A loopback port that is currently free."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def run(case: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180) -> list:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from cnn2gnn_dist import cli, launcher
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import REPOSITORY
 from tests.support.forks import Fork
+from tests.support.ports import free_port
 
 BIN = Path(sys.executable).parent
 FORKED = "forked ranks"
@@ -89,13 +89,6 @@ def bare_environment(home: Path) -> dict[str, str]:
     home.mkdir(exist_ok=True)
     path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {"PATH": path, "HOME": str(home), "PYTHONPATH": str(REPOSITORY), **SHARED_CORES}
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(

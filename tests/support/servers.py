@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.support.rank_group import free_port
+from tests.support.ports import free_port
 
 Fault = str | None
 """None, "500", "403", "404", "short" (truncated body), "stall" (stops without closing),

@@ -14,7 +14,7 @@ import pytest
 
 from cnn2gnn_dist.commands.doctor import machine as doctor
 from cnn2gnn_dist.commands.doctor.machine import FAIL, OK, WARN, Finding
-from tests.support.runs import free_port
+from tests.support.ports import free_port
 
 Usage = collections.namedtuple("Usage", "total used free")
 

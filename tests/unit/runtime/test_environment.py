@@ -21,7 +21,7 @@ from cnn2gnn_dist.runtime.group.process_group import device_index, join
 from cnn2gnn_dist.runtime.hosts import host_checks
 from cnn2gnn_dist.runtime.ranks import Ranks, first_host
 from cnn2gnn_dist.runtime.ray import probe as ray_probe
-from tests.support import runs
+from tests.support.ports import free_port
 
 # --- ranks and rendezvous ----------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def test_the_message_names_variable_and_interfaces():
 
 
 def test_the_ranks_meet_on_their_address_alone():
-    port = runs.free_port()
+    port = free_port()
     with rendezvous.listen(Ranks(0, 0, 2, "127.0.0.1", port)) as listening:
         assert listening.getsockname() == ("127.0.0.1", port)
         with pytest.raises(UserError, match=rf"port {port}.* is in use") as caught:
@@ -122,7 +122,7 @@ def test_a_reserved_port_is_nobody_elses_until_it_is_used():
 
 
 def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys, console):
-    with rendezvous.listen(Ranks(0, 0, 2, "192.0.2.77", runs.free_port())) as listening:
+    with rendezvous.listen(Ranks(0, 0, 2, "192.0.2.77", free_port())) as listening:
         assert listening.getsockname()[0] == "0.0.0.0"
     assert "MASTER_ADDR=192.0.2.77 is not an address" in capsys.readouterr().err
 
@@ -130,7 +130,7 @@ def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys,
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_nobody_else_joins(rank):
     """For example because RANK and WORLD_SIZE were left over in a shell."""
-    lonely = Ranks(rank, rank, 2, "127.0.0.1", runs.free_port())
+    lonely = Ranks(rank, rank, 2, "127.0.0.1", free_port())
     with pytest.raises(UserError, match=f"rank {rank} of 2 could not meet the others") as caught:
         join(lonely, torch.device("cpu"), timedelta(seconds=1))
     assert "unset RANK and WORLD_SIZE" in caught.value.remedy
@@ -198,7 +198,7 @@ def web() -> Iterator[str]:
 
 @pytest.mark.parametrize("named", ["cluster.address", "RAY_ADDRESS"])
 def test_a_dead_address_is_refused_by_the_name_of_its_setting(named):
-    address = f"127.0.0.1:{runs.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="no Ray cluster answers") as caught:
         ray_probe.cluster_mode(address, f"{named}={address}")
     assert caught.value.where == f"{named}={address}"
