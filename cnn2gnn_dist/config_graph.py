@@ -66,8 +66,9 @@ class SamplingConfig(Section):
         "each of them (at least 2; the nearest min(k, that - 1) of them have a weight)",
     )
     second_hop: Literal["sampled", "cached"] = Field(
-        "sampled",
-        description="sampled: fanouts[1] candidates of each neighbor; cached: all of them, averaged once per refresh",
+        "cached",
+        description="cached: the mean over all candidates of each neighbor, computed once per refresh; sampled: "
+        "over fanouts[1] of them, drawn in each step",
     )
     sampler: Literal["table", "dgl", "distdgl"] = Field(
         "table",

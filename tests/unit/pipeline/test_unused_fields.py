@@ -96,8 +96,8 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
         GPU,
         [
             "graph.candidates=16, graph.refresh_epochs=2, graph.search.probes=3, "
-            "graph.partition.parts=4, graph.sampling.fanouts=[10, 6], student.label_dim=16 have no "
-            "effect: with graph.scope"
+            "graph.partition.parts=4, graph.sampling.fanouts=[10, 6], "
+            "graph.sampling.second_hop=sampled, student.label_dim=16 have no effect: with graph.scope"
         ],
     ),
     (
