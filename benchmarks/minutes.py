@@ -59,6 +59,9 @@ def teacher_alone(config: Config, times: dict[str, float], minutes: float) -> li
     return [f"teacher.epochs={epochs}", *student]
 
 
+WAYS = {"method": ("the whole method", shortened), "alone": ("its teacher alone", teacher_alone)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cifar10")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=sorted(WAYS), help="one of the two")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     arguments = parser.parse_args()
     options = [*arguments.set, f"seed={arguments.seed}"]
@@ -77,9 +81,10 @@ def main() -> None:
     print("| minutes | trained | epochs: teacher, student | teacher | student | took |")
     print("| --- | --- | --- | --- | --- | --- |")
     for minutes in arguments.minutes:
-        for name, make in (("the whole method", shortened), ("its teacher alone", teacher_alone)):
+        for way in [arguments.only] if arguments.only else WAYS:
+            name, make = WAYS[way]
             changed = make(config, times, minutes)
-            run = arguments.folder / f"{name.split()[-1]}-{minutes:g}-seed{arguments.seed}"
+            run = arguments.folder / f"{way}-{minutes:g}-seed{arguments.seed}"
             train(arguments.preset, run, [*options, *changed])
             found = json.loads((run / "results.json").read_text(encoding="utf-8"))
             made = settings.load(arguments.preset, [*options, *changed])
