@@ -25,6 +25,7 @@ import psutil
 import ray
 from ray import serve
 from tests.support import held_replica
+from tests.support.ports import free_port
 from tests.support.runs import BIN
 from tests.support.serving import ALLOWED, encoded, parts
 
