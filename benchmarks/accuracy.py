@@ -38,6 +38,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from evaluated_apart import SHUFFLED, control_scores, shuffled_accuracy
 
 from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.config import Config
@@ -53,12 +54,12 @@ SHARED = ("shards", "manifest", "teacher", "targets")
 USUAL = ("batch", "fixed_knn", "built_once", "labels", "labels_at_cost", "shuffled")
 VARIANTS = (*USUAL, "logit_adjust")
 BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
-SHUFFLED = 2
-"""Version of ``shuffled_accuracy``, to be raised with it. 1: the neighbors' projections were replaced, too."""
+AT_COST = "labels_at_cost"
+AT_COST_ROW = f"{AT_COST}: control"
 
 
-def train(preset: str, folder: Path, options: list[str]) -> None:
-    """Run the preset into a folder under torchrun; its output goes to a log next to it.
+def train(preset: str, folder: Path, options: list[str], stages: str | None = None) -> None:
+    """Run the preset, or these stages of it, into a folder under torchrun; its output goes to a log next to it.
 
     Raises:
         CalledProcessError: it failed; the log says why.
@@ -68,7 +69,8 @@ def train(preset: str, folder: Path, options: list[str]) -> None:
     line = [sys.executable, *torchrun, "launch/train.py", "--config", preset, f"run.dir={folder}"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
-        subprocess.run([*line, *options], stdout=log, stderr=log, check=True, cwd=ROOT)
+        only = ["--stages", stages] if stages else []
+        subprocess.run([*line, *only, *options], stdout=log, stderr=log, check=True, cwd=ROOT)
 
 
 def share(base: Path, folder: Path) -> None:
@@ -152,8 +154,8 @@ def rows_of(variant: str) -> dict[str, str]:
     """Rows of a variant's results, and their names in the table."""
     if variant == "shuffled":
         return {"student": variant}
-    if variant == "labels_at_cost":
-        return {CONTROL: "labels_at_cost: control"}
+    if variant == AT_COST:
+        return {CONTROL: AT_COST_ROW}
     self_path = {"self_path": f"{variant}: self path"}
     if variant in ("labels", "logit_adjust"):
         return {"student": f"{variant}: student", **self_path, CONTROL: f"{variant}: control"}
@@ -167,9 +169,9 @@ def cells(
     options = [*options, f"seed={seed}"]
     base = folder / f"seed{seed}" / "base"
     train(preset, base, options)
-    found = json.loads((base / "results.json").read_text())
+    of_base = json.loads((base / "results.json").read_text())
     for row in BASE_ROWS:
-        yield _cell(row, seed, found[row], base, "teacher" if row == "teacher" else None)
+        yield _cell(row, seed, of_base[row], base, "teacher" if row == "teacher" else None)
     for variant in variants:
         if variant == "shuffled":
             cell = {"row": "shuffled", "seed": seed, "accuracy": shuffled_accuracy(base)}
@@ -177,7 +179,13 @@ def cells(
             continue
         made = folder / f"seed{seed}" / variant
         share(base, made)
-        train(preset, made, [*options, *overrides(variant, base, options, preset)])
+        more = overrides(variant, base, options, preset)
+        if variant == AT_COST:
+            train(preset, made, [*options, *more], stages="control")
+            figures = of_base[CONTROL] | control_scores(made)  # of one size, so of equal cost
+            yield _cell(AT_COST_ROW, seed, figures, made, None, CONTROL)
+            continue
+        train(preset, made, [*options, *more])
         found = json.loads((made / "results.json").read_text())
         for row, name in rows_of(variant).items():
             yield _cell(name, seed, found[row], made, None, row)
@@ -195,15 +203,15 @@ def _cell(
         "seed": seed,
         **{key: found[key] for key in kept},
         "ms_alone": found.get("ms_alone"),  # runs of earlier versions have none
-        "made_by": made_by(run),
+        "made_by": made_by(run, AT_COST if name == AT_COST_ROW else ""),
         "train_seconds": seconds(run, stage),
         "images_seen": steps(run, stage) * trained.global_batch,
     }
 
 
 def made_by(run: Path, variant: str = "") -> str | None:
-    """What a run's cells are made by: its evaluation, whose digest contains all stages before it; None: it has none."""
-    found = ledger.finished(run / "evaluation")
+    """What a run's cells are made by: its last stage, whose digest contains those before it; None: it has none."""
+    found = ledger.finished(run / ("control" if variant == AT_COST else "evaluation"))
     return found and found.digest + (f" shuffled {SHUFFLED}" if variant == "shuffled" else "")
 
 
@@ -234,45 +242,10 @@ def is_complete(
             return False
         more = overrides(variant, base, options, preset) if own else []
         config = settings.load(preset, [*options, *more, f"run.dir={run}"])
-        if any(step.status is not Status.COMPLETE for step in planning.plan(config)):
+        stages = ["control"] if variant == AT_COST else None
+        if any(step.status is not Status.COMPLETE for step in planning.plan(config, stages)):
             return False
     return True
-
-
-def shuffled_accuracy(base: Path) -> float:
-    """Accuracy of the student when every neighbor's features and label are those of an arbitrary node.
-
-    Neighbors are found and weighted as they were.
-    """
-    import torch
-
-    from cnn2gnn_dist.runtime.ranks import Ranks
-    from cnn2gnn_dist.stages.compared_models import compared_models
-    from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
-    from cnn2gnn_dist.stages.shared.predictions import evaluate
-
-    torch.set_num_threads(1)
-    config = settings.load(str(base / "config.yaml"), ["stream.backend=local"])
-    context = Context(config, Ranks(), RunPaths(base), base, "", "cpu", False)
-    train = load_manifest(context.paths.train_manifest)
-    model = next(m for m in compared_models(context, train.num_classes, False) if m.with_bank)
-    assert model.with_bank is not None
-    around = model.with_bank.around
-    holder = around.holder
-    place = np.random.default_rng(config.seed).permutation(len(train))
-    rows = holder.rows
-
-    def arbitrary(ids: np.ndarray) -> tuple[Any, Any, Any]:
-        # Not their projections: of several arbitrary nodes the head would choose the nearest, which are often
-        # of the image's class.
-        (x_VD, _, label_V), (_, z_Vd, _) = rows(place[ids]), rows(ids)
-        return x_VD, z_Vd, label_V
-
-    holder.rows = arbitrary  # type: ignore[method-assign]
-    if around.second is not None:  # the second hop's averages are the arbitrary node's, too
-        around.second.mean_KD = around.second.mean_KD[torch.from_numpy(place)]
-    found = evaluate(context, model.answer, context.paths.test_manifest).found["student"]
-    return float((found.predicted_N == found.label_N).mean())
 
 
 def table(found: list[dict[str, Any]]) -> str:

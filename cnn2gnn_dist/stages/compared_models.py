@@ -67,11 +67,16 @@ def compared_models(
         cnn = Teacher(context.config, num_classes, initial=False)
         _load(context, cnn, "teacher")
         found.insert(0, _standalone("teacher", cnn, cnn))
-    if control:
-        mlp = build_student(context.config, num_classes, "none", initial=False)
-        _load(context, mlp, "control")
-        found.append(_standalone(CONTROL, mlp, lambda images: mlp(images).logits_BC))
-    return [mirrored(one) for one in found] if context.config.evaluate.flip else found
+    found = [mirrored(one) for one in found] if context.config.evaluate.flip else found
+    return [*found, control_model(context, num_classes)] if control else found
+
+
+def control_model(context: Context, num_classes: int) -> ComparedModel:
+    """The control alone, which needs no student beside it."""
+    mlp = build_student(context.config, num_classes, "none", initial=False)
+    _load(context, mlp, "control")
+    found = _standalone(CONTROL, mlp, lambda images: mlp(images).logits_BC)
+    return mirrored(found) if context.config.evaluate.flip else found
 
 
 def mirrored(model: ComparedModel) -> ComparedModel:

@@ -215,15 +215,33 @@ def test_images_seen_are_those_of_the_steps_that_were_made(tmp_path: Path) -> No
     assert {cell["train_seconds"] for cell in rows.values()} == {7.0}
 
 
-def evaluated(folder: Path, options: list[str]) -> Path:
-    """A run of the demo whose stages have all been recorded as complete, without their files."""
+def evaluated(folder: Path, options: list[str], until: str = "model") -> Path:
+    """A run of the demo whose stages up to one have been recorded as complete, without their files."""
     config = settings.load("demo", [*options, f"run.dir={folder}"])
     ledger.claim(folder, settings.as_yaml(config))
     for _ in planning.plan(config):
         step = next(s for s in planning.plan(config) if s.status is not ledger.Status.COMPLETE)
         ledger.begin(folder / step.stage.folder, step.record())
         ledger.finish(folder / step.stage.folder, step.record(digest=step.key))
+        if step.stage.name == until:
+            break
     return folder
+
+
+def test_a_control_at_equal_cost_is_complete_without_a_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant, row = "labels_at_cost", "labels_at_cost: control"
+    monkeypatch.setattr(accuracy, "overrides", lambda *_: ["student.epochs=30"])
+    base = evaluated(tmp_path / "seed0" / "base", ["seed=0"])
+    made = evaluated(base.with_name(variant), ["seed=0", "student.epochs=30"], until="control")
+    shutil.rmtree(made / "student")
+    known = known_cells(tmp_path, [variant])
+    assert known[-1] == cell(row, 0, 0.5, made_by=accuracy.made_by(made, variant))
+    assert known[-1]["made_by"] not in (None, accuracy.made_by(base))
+    assert accuracy.is_complete(known, tmp_path, "demo", 0, [variant], [])
+    shutil.rmtree(made / "control")
+    assert not accuracy.is_complete(known, tmp_path, "demo", 0, [variant], [])
 
 
 def known_cells(folder: Path, variants: list[str]) -> list[dict[str, Any]]:

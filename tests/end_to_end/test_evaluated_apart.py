@@ -1,7 +1,8 @@
-"""The accuracy table's row of shuffled neighbors: what it measures, against a bank that is permuted by hand."""
+"""Rows of the accuracy table that no stage evaluates: shuffled neighbors, and a control without a student."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_every_neighbour_is_an_arbitrary_node(
         return seen[-1]
 
     monkeypatch.setattr(predictions, "evaluate", noted)
-    accuracy_of_it = benchmark("accuracy").shuffled_accuracy(micro_run)
+    accuracy_of_it = benchmark("evaluated_apart").shuffled_accuracy(micro_run)
     (found,) = seen
     for name in ("student", "vote"):
         for what in ("predicted_N", "confidence_N"):
@@ -56,3 +57,12 @@ def test_every_neighbour_is_an_arbitrary_node(
     # What neighbors say is no better than chance, one in ten: three deviations of 80 images above it.
     assert (own["predicted"] == own["labels"]).mean() > 0.4
     assert (wanted["vote"].predicted_N == student.label_N).mean() < 0.2
+
+
+def test_a_control_needs_no_student(micro_run: Path, tmp_path: Path) -> None:
+    for name in ("shards", "manifest", "control"):
+        shutil.copytree(micro_run / name, tmp_path / name)
+    shutil.copyfile(micro_run / "config.yaml", tmp_path / "config.yaml")
+    found = benchmark("evaluated_apart").control_scores(tmp_path)
+    assert found == {name: results(micro_run)["control_mlp"][name] for name in found}
+    assert found.keys() == {"accuracy", "balanced_accuracy", "ece"}
