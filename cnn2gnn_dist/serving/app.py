@@ -125,10 +125,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         )
         answers = [wire.as_json(one) for one in made.answers]
         unreadable = all(one.error is not None for one in made.answers)
-        return JSONResponse(
-            {"memory_version": made.version, "answers": answers}
-            | ({"error": "no image could be read", "remedy": wire.READABLE} if unreadable else {}),
-            422 if unreadable else 200,
+        content: dict[str, Any] = {"memory_version": made.version, "answers": answers}
+        if unreadable:
+            content |= {"error": "no image could be read", "remedy": wire.READABLE}
+        return Response(
+            wire.json_bytes(content), 422 if unreadable else 200, media_type="application/json"
         )
 
     @app.get("/healthz", summary="Whether the server answers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -206,7 +207,20 @@ def as_json(answer: Answer) -> dict[str, Any]:
         return made | {"error": f"not readable as an image: {why}"}
     for shown, neighbour in zip(made.get("neighbours", ()), answer.neighbours, strict=False):
         shown["row"] = neighbour.row
-    return finite(made)
+    return made
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """UTF-8 JSON, with null for numbers that it can't represent."""
+    try:
+        text = _dumped(content)
+    except ValueError:
+        text = _dumped(finite(content))
+    return text.encode()
+
+
+def _dumped(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def finite(value: Any) -> Any:

@@ -33,6 +33,8 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused: a small file can decompress to fill the memory. This is Pillow's limit,
 above which it warns, and above twice of which it raises."""
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
 MAX_WORK = 32 * MAX_PIXELS
 """Maximum pixels times scans of a JPEG: a file of a megabyte can demand hours of passes."""
 
@@ -66,7 +68,11 @@ def image_size(data: bytes) -> tuple[int, int]:
     Raises:
         CorruptSample: not an image, or too large.
     """
-    return jpeg_size(data) or _by_pillow(data, lambda image: (image.height, image.width))
+    return (
+        jpeg_size(data)
+        or _png_size(data)
+        or _by_pillow(data, lambda image: (image.height, image.width))
+    )
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -86,6 +92,22 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     _check_size(wide, high)
     _check_scans(data, wide, high)
     return None if space in ("CMYK", "YCCK") else (high, wide)
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    """Return height and width of a PNG; None for any other image, and for a PNG whose size is not certain by its start.
+
+    A tenth of the time that Pillow takes to open it, which a server would spend on every upload.
+
+    Raises:
+        CorruptSample: too large.
+    """
+    # Pillow believes the last of several headers.
+    if data[:8] != PNG or data[12:16] != b"IHDR" or data.count(b"IHDR") > 1 or len(data) < 33:
+        return None
+    wide, high = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
+    _check_size(wide, high)
+    return (high, wide) if high and wide else None
 
 
 def _check_scans(data: bytes, wide: int, high: int) -> None:

@@ -221,6 +221,24 @@ def test_the_size_from_the_header(kind: str):
         image_size(data[:4])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_a_png_with_two_headers_the_size_is_the_decoders(order: int):
+    """Pillow believes the last; a limit of pixels that looked at the first would let the other pass."""
+    small, large = (bytes_of(Image.new("RGB", (side, 7)), "PNG") for side in (5, 300))
+    first, second = (small, large)[::order]
+    data = first[:33] + second[8:]  # signature and header, then a whole image without its signature
+    with Image.open(io.BytesIO(data)) as image:
+        assert image_size(data) == (image.height, image.width)
+
+
+def test_a_png_with_more_pixels_than_the_limit_is_refused_by_its_header(monkeypatch):
+    data = bytes_of(Image.fromarray(IMAGE), "PNG")
+    high, wide = IMAGE.shape[:2]
+    monkeypatch.setattr(decoding, "MAX_PIXELS", high * wide - 1)
+    with pytest.raises(CorruptSample, match=f"{wide} x {high} pixels, more than"):
+        image_size(data)
+
+
 def test_real_photographs():
     shards = sorted(data_dir("imagenet-sample").rglob("*.tar"))
     if not shards:

@@ -102,3 +102,8 @@ def test_any_bytes_for_json(body: bytes):
 def test_numbers_that_json_does_not_have():
     made = wire.finite({"a": float("nan"), "b": [1.5, float("inf")], "c": ("x", None, 3)})
     assert json.dumps(made, allow_nan=False) == '{"a": null, "b": [1.5, null], "c": ["x", null, 3]}'
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.5, "1.5"), (float("nan"), "null"), ("é", '"é"')])
+def test_answers_are_json_that_every_parser_accepts(value, text):
+    assert wire.json_bytes({"a": [value]}) == f'{{"a":[{text}]}}'.encode()
