@@ -136,7 +136,7 @@ def test_memory_is_reused_once_a_batch_is_gone_and_never_before(spec):
             assert_same([batch], [one])
             del batch
         assert processes(pool)[0]._buffers <= before + 3 + 2
-        assert len(processes(pool)[0]._free) <= 3 + 2  # the smaller ones have been released
+        assert len(processes(pool)[0].spares) <= 3 + 2  # the smaller ones have been released
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
@@ -161,7 +161,7 @@ def test_memory_that_the_system_refuses_is_not_taken_for_a_dead_reader(spec):
     with a_pool(spec, 1, 1) as pool:
         assert_same(list(pool.batches(numbered(1))), expected(spec, numbered(1)))
         reader, limits = processes(pool)[0].process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
-        processes(pool)[0]._free.clear()
+        assert processes(pool)[0].spares.pop() is not None
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:
             with pytest.raises(UserError, match="no shared memory for a batch"):

@@ -23,7 +23,7 @@ import numpy as np
 from cnn2gnn_dist.data.images.crops import crops_of
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_process import receive, send
-from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT, Buffer, Layout, Lease
+from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT, Buffer, Layout, Lease, Spares
 from cnn2gnn_dist.errors import UserError
 
 MOST_DEATHS = 10
@@ -50,8 +50,6 @@ class ProcessReaders:
         self._groups = crops_of(spec.views)
         self._several = isinstance(spec.views, tuple)
         self._numbers = 0
-        self._kept: weakref.WeakSet[Lease] = weakref.WeakSet()
-        """Buffers whose batches somebody still has."""
         self.readers = [_Process(spec) for _ in range(workers)]
 
     def ask(self, request: Request) -> ProcessAnswer:
@@ -92,10 +90,8 @@ class ProcessReaders:
         buffer, layout, request = answer.buffer, answer.layout, answer.request
         assert buffer is not None
         labels, valid = layout.labels(buffer.memory).copy(), layout.valid(buffer.memory).copy()
-        if len(self._kept) < MOST_LENT:
-            lease = answer.lease()
-            self._kept.add(lease)
-            images = layout.images(np.asarray(lease))
+        if sum(reader.spares.in_use() for reader in self.readers) < MOST_LENT:
+            images = layout.images(np.asarray(answer.lease()))
         else:  # a buffer takes two open files as long as its batch is kept: there are only so many
             images = [image.copy() for image in layout.images(buffer.memory)]
             answer.release()
@@ -153,7 +149,7 @@ class ProcessAnswer:
         self.error: Exception | None = None
         self.deaths = 0
         self._readers = readers
-        self._free: deque[Buffer] = deque()
+        self._spares = Spares()
 
     def wait(self) -> Batch:
         """Wait for the batch and return it."""
@@ -167,20 +163,20 @@ class ProcessAnswer:
         elif self.done:
             self.release()
 
-    def hold(self, buffer: Buffer, free: deque[Buffer]) -> None:
-        """Hold a buffer, to be returned to ``free``."""
-        self.buffer, self._free = buffer, free
+    def hold(self, buffer: Buffer, spares: Spares) -> None:
+        """Hold a buffer, to be returned to ``spares``."""
+        self.buffer, self._spares = buffer, spares
 
     def lease(self) -> Lease:
         """Hand the buffer over to the arrays of the batch."""
         assert self.buffer is not None
         buffer, self.buffer = self.buffer, None
-        return Lease(buffer, self._free)
+        return self._spares.lease(buffer)
 
     def release(self) -> None:
         """Return the buffer."""
         if self.buffer is not None:
-            self._free.append(self.buffer)
+            self._spares.add(self.buffer)
             self.buffer = None
 
 
@@ -194,7 +190,7 @@ class _Process:
         """Deaths since the last answer."""
         self.last_exit: int | None = None
         self._buffers = 0
-        self._free: deque[Buffer] = deque()
+        self.spares = Spares()
         self._start()
 
     def _start(self) -> None:
@@ -248,17 +244,16 @@ class _Process:
         self._known.add(buffer.number)
         self._forgotten = []
         answer.reader = self
-        answer.hold(buffer, self._free)
+        answer.hold(buffer, self.spares)
         self.asked.append(answer)
 
     def _buffer(self, size: int) -> Buffer:
         """Return a free buffer that is large enough, or a new one; smaller ones are discarded."""
-        while self._free:
-            buffer = self._free.pop()  # the most recently used one: it is in the processor's cache
-            if buffer.size >= size:
-                return buffer
-            self._known.discard(buffer.number)
-            self._forgotten.append(buffer.number)
+        while (spare := self.spares.pop()) is not None:
+            if spare.size >= size:
+                return spare
+            self._known.discard(spare.number)
+            self._forgotten.append(spare.number)
         try:
             buffer = Buffer(self._buffers + 1, size)
         except OSError as error:  # not to be taken for the end of the process

@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cnn2gnn_dist.data.images.crops import crops_of, pixel_bytes
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_actor import ReaderActor, batch_of
-from cnn2gnn_dist.data.reading.shared_batches import Buffer, Layout, Lease, Lender
+from cnn2gnn_dist.data.reading.shared_batches import Buffer, Layout, Lender
 from cnn2gnn_dist.errors import UserError, last_line
 from cnn2gnn_dist.runtime.ray.session import exit_code_kept
 
@@ -238,7 +238,7 @@ class RayAnswer:
             if buffer is not None:
                 reader.lends = False  # it is on another host: lent memory would only be wasted
             return batch_of(result)
-        lease = Lease(buffer, reader.lender.free)
+        lease = reader.lender.spares.lease(buffer)
         return batch_of(result, self.layout.images(np.asarray(lease)))
 
     def drop(self) -> None:

@@ -10,7 +10,6 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,17 +88,51 @@ class Buffer:
 
 
 class Lease:
-    """Memory of a batch, kept by its arrays; when the last of them is gone, the buffer is free for another batch.
+    """Memory of a batch, kept by its arrays.
 
     Views of views refer to this object itself, so that it lives as long as any of them.
     """
 
-    def __init__(self, buffer: Buffer, free: deque[Buffer]) -> None:
-        self._buffer, self._free = buffer, free
+    def __init__(self, buffer: Buffer) -> None:
+        self._buffer = buffer
         self.__array_interface__: dict[str, Any] = buffer.memory.__array_interface__
 
-    def __del__(self) -> None:
-        self._free.append(self._buffer)
+
+class Spares:
+    """Buffers for other batches: those that were given back, and those whose batches are gone.
+
+    Looked for when one is needed. A ``__del__`` or a callback, which would tell when a batch is gone, runs in the
+    midst of the loop over the batches, and Python drops an exception in it: once in some hundred times a Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[weakref.ref[Lease] | None, Buffer]] = []
+
+    def lease(self, buffer: Buffer) -> Lease:
+        """Hand a buffer over to the arrays of a batch; when the last of them is gone, it is a spare one."""
+        lease = Lease(buffer)
+        self._kept.append((weakref.ref(lease), buffer))
+        return lease
+
+    def add(self, buffer: Buffer) -> None:
+        """Give a buffer back."""
+        self._kept.append((None, buffer))
+
+    def pop(self) -> Buffer | None:
+        """Take the one that was lent last, which is in the processor's cache; None if there is none."""
+        for place in reversed(range(len(self._kept))):
+            lease, buffer = self._kept[place]
+            if lease is None or lease() is None:
+                del self._kept[place]
+                return buffer
+        return None
+
+    def in_use(self) -> int:
+        """Number of buffers whose batches somebody still has."""
+        return sum(lease is not None and lease() is not None for lease, _ in self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept) - self.in_use()
 
 
 @dataclass(frozen=True)
@@ -117,7 +150,7 @@ class Lender:
     """Buffers for one other process, which need not be a child; those whose batches are gone are reused."""
 
     def __init__(self) -> None:
-        self.free: deque[Buffer] = deque()
+        self.spares = Spares()
         self._all: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
 
     def take(self, size: int) -> Buffer | None:
@@ -125,8 +158,7 @@ class Lender:
 
         None: ``MOST_LENT`` are in use, because someone keeps their batches, or the system gives no more.
         """
-        while self.free:
-            buffer = self.free.pop()  # the most recently used one: it is in the processor's cache
+        while (buffer := self.spares.pop()) is not None:
             if buffer.size >= size:
                 return buffer
             del buffer
