@@ -12,8 +12,11 @@ image's k nearest training images say on average (weights: softmax of cosine / t
     teacher's features of the image itself         the same; for comparison only: it takes the teacher at inference
 
 k, tau and beta (which may be 0) are those of the smallest loss on the calibration images, which neither network was
-trained on. Printed per run: accuracy on the test images and the paired difference from the self path with its standard
-error; for several runs (seeds), mean and deviation of the differences.
+trained on. Two more rows add a linear head to the log-probabilities, trained on the calibration images (its penalty,
+and k and tau, by cross-validation there): over the neighbors' mean teacher features, as retrieval-augmented
+classifiers do, and over the image's own student features, which tells what such a head is worth without neighbors.
+Printed per run: accuracy on the test images and the paired difference from the self path with its standard error; for
+several runs (seeds), mean and deviation of the differences.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from cnn2gnn_dist.stages.shared.networks import Teacher, build_student, load_mod
 
 BATCH, CHUNK, EPS = 500, 1000, 1e-3
 NEIGHBOURS, TAUS, BETAS = (5, 10, 20, 50), (0.02, 0.05, 0.1, 0.2), (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
+PENALTIES, FOLDS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 5
 Features = dict[str, Tensor]
 
 
@@ -88,7 +92,7 @@ def said_by_neighbours(
     for k, tau in product(NEIGHBOURS, TAUS):
         weight_QK = (similar_QK[:, :k] / tau).softmax(1)
         for what, value_NC in values.items():
-            yield (k, tau, what), (weight_QK.unsqueeze(2) * value_NC[rows_QK[:, :k]]).sum(1)
+            yield (k, tau, what), (weight_QK.unsqueeze(1) @ value_NC[rows_QK[:, :k]]).squeeze(1)
 
 
 def right_with(
@@ -109,6 +113,78 @@ def right_with(
             scores = test["self"].log_softmax(1) + best[what][1][2] * (said_QC + EPS).log()
             found[what] = (best[what][1], scores.argmax(1) == test["labels"])
     return found
+
+
+def linear_head(
+    offset_NC: Tensor, input_ND: Tensor, label_N: Tensor, penalty: float
+) -> tuple[Tensor, Tensor]:
+    """Weights [D, C] and biases [C] that make softmax(offset + input @ weights + biases) fit the labels.
+
+    Args:
+        offset_NC: log-probabilities that are corrected.
+        input_ND: features, of unit scale.
+        label_N: the classes.
+        penalty: that times the sum of the squared weights is added to the mean cross-entropy.
+    """
+    weight_DC = torch.zeros(input_ND.shape[1], offset_NC.shape[1], requires_grad=True)
+    bias_C = torch.zeros(offset_NC.shape[1], requires_grad=True)
+    search = torch.optim.LBFGS([weight_DC, bias_C], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        scores = offset_NC + input_ND @ weight_DC + bias_C
+        made = nn.functional.cross_entropy(scores, label_N) + penalty * weight_DC.square().sum()
+        made.backward()
+        return made
+
+    search.step(loss)
+    return weight_DC.detach(), bias_C.detach()
+
+
+def right_with_a_head(
+    inputs: Iterator[tuple[str, Tensor, Tensor]], calibration: Features, test: Features
+) -> tuple[str, Tensor]:
+    """The choice, and which test images are right with a linear head over the best of several inputs.
+
+    Args:
+        inputs: name, and features of the calibration and of the test images.
+        calibration, test: with the self path's logits, and labels.
+    """
+    offset = {id(part): part["self"].log_softmax(1) for part in (calibration, test)}
+    label_N = calibration["labels"]
+    fold_N = torch.arange(len(label_N)) % FOLDS  # images of a manifest are in an arbitrary order
+    best: tuple[float, str, Tensor] | None = None
+    for name, known_ND, asked_QD in inputs:
+        centre, scale = known_ND.mean(0), known_ND.std() * known_ND.shape[1] ** 0.5
+        known_ND, asked_QD = ((one - centre) / scale for one in (known_ND, asked_QD))
+        for penalty in PENALTIES:
+            scores_NC = torch.empty_like(calibration["self"])
+            for fold in range(FOLDS):
+                rest, here = fold_N != fold, fold_N == fold
+                weight, bias = linear_head(
+                    offset[id(calibration)][rest], known_ND[rest], label_N[rest], penalty
+                )
+                scores_NC[here] = offset[id(calibration)][here] + known_ND[here] @ weight + bias
+            loss = float(nn.functional.cross_entropy(scores_NC, label_N))
+            if best is None or loss < best[0]:
+                weight, bias = linear_head(offset[id(calibration)], known_ND, label_N, penalty)
+                answer_Q = (offset[id(test)] + asked_QD @ weight + bias).argmax(1)
+                best = loss, f"{name}penalty {penalty:g}", answer_Q == test["labels"]
+    assert best is not None
+    return best[1:]
+
+
+def teachers_of_neighbours(
+    train: Features, calibration: Features, test: Features
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """For all of the grid: the mean teacher features of the neighbors by the student's features."""
+    values = {"": train["teacher"]}
+    made = [
+        said_by_neighbours(part["student"], train["student"], values)
+        for part in (calibration, test)
+    ]
+    for ((k, tau, _), known_ND), (_, asked_QD) in zip(*made, strict=True):
+        yield f"k {k}, tau {tau:g}, ", known_ND, asked_QD
 
 
 def one_run(run: Path) -> dict[str, tuple[float, float, float, str]]:
@@ -136,18 +212,27 @@ def one_run(run: Path) -> dict[str, tuple[float, float, float, str]]:
         ),
     }
     own = test["self"].argmax(1) == test["labels"]
-    rows = {"self path": (float(own.float().mean()), 0.0, 0.0, "")}
+
+    def row(right: Tensor, choice: str) -> tuple[float, float, float, str]:
+        gain = right.float() - own.float()
+        error = float(gain.std()) / len(gain) ** 0.5
+        return float(right.float().mean()), float(gain.mean()), error, choice
+
+    rows = {"self path": row(own, "")}
     for kind, (queries, bank) in kinds.items():
         for what, (chosen, right) in right_with(queries, bank, calibration, test, values).items():
-            gain = right.float() - own.float()
-            error = float(gain.std()) / len(gain) ** 0.5
-            choice = "k {:.0f}, tau {:g}, beta {:g}".format(*chosen)
-            rows[f"{kind}: {what}"] = (
-                float(right.float().mean()),
-                float(gain.mean()),
-                error,
-                choice,
-            )
+            rows[f"{kind}: {what}"] = row(right, "k {:.0f}, tau {:g}, beta {:g}".format(*chosen))
+    heads = {
+        "student's features: teacher's features, by a head": teachers_of_neighbours(
+            train, calibration, test
+        ),
+        "no neighbors: the same head over the student's features": iter(
+            [("", calibration["student"], test["student"])]
+        ),
+    }
+    for name, given in heads.items():
+        choice, right = right_with_a_head(given, calibration, test)
+        rows[name] = row(right, choice)
     return rows
 
 

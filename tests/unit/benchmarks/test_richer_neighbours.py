@@ -65,6 +65,39 @@ def test_strength_is_chosen_on_calibration_images_and_used_on_test_images() -> N
     assert answers.tolist() == [False, False]  # its own answer
 
 
+def test_a_linear_head_is_a_penalized_logistic_regression() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.normal(size=(60, 4)), rng.integers(0, 3, 60)
+    weight, bias = richer_neighbours.linear_head(
+        torch.zeros(60, 3), torch.from_numpy(inputs).float(), torch.from_numpy(labels), 0.05
+    )
+    wanted = LogisticRegression(C=1 / (2 * 60 * 0.05), tol=1e-8, max_iter=1000).fit(inputs, labels)
+    np.testing.assert_allclose(weight.numpy(), wanted.coef_.T, atol=2e-3)
+    # What the offset says already is not learned once more.
+    scores = torch.from_numpy(inputs).float() @ weight + bias
+    more, _ = richer_neighbours.linear_head(
+        scores, torch.from_numpy(inputs).float(), torch.from_numpy(labels), 1e3
+    )
+    assert more.abs().max() < 1e-3
+
+
+def test_a_head_uses_the_better_of_its_inputs_and_none_that_tells_nothing() -> None:
+    rng = np.random.default_rng(1)
+    labels = torch.from_numpy(rng.integers(0, 2, 200))
+    noise = torch.from_numpy(rng.normal(size=(200, 3))).float()
+    telling = noise + 4 * labels[:, None]
+    unsure = {"self": torch.zeros(200, 2), "labels": labels}
+    inputs = [("noise, ", noise, noise), ("telling, ", telling, telling)]
+    choice, right = richer_neighbours.right_with_a_head(iter(inputs), unsure, unsure)
+    assert choice.startswith("telling, ")
+    assert right.float().mean() > 0.98
+    sure = {"self": 8.0 * torch.nn.functional.one_hot(labels, 2), "labels": labels}
+    choice, right = richer_neighbours.right_with_a_head(iter(inputs[:1]), sure, sure)
+    assert right.all()
+
+
 def test_sets_have_each_of_their_classes_and_no_image_twice() -> None:
     labels = np.repeat(np.arange(20), 70)
     for size, classes in sets.SETS:
