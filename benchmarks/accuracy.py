@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 from evaluated_apart import SHUFFLED, control_scores, shuffled_accuracy
 
-from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist import durable, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.ledger import Status
@@ -323,7 +323,7 @@ def main() -> int:
     preset = str(Path(given.preset).resolve()) if Path(given.preset).is_file() else given.preset
     file = folder / "cells.jsonl"
     claim(folder, preset, given.set)
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = durable.read_lines(file) if file.exists() else []
     what = given.variants, given.set
     complete = {seed for seed in given.seeds if is_complete(known, folder, preset, seed, *what)}
 
@@ -334,8 +334,8 @@ def main() -> int:
         jobs = {pool.submit(fill, seed): seed for seed in given.seeds if seed not in complete}
         for job in as_completed(jobs):
             known = merged(known, job.result())
-            file.write_text("".join(json.dumps(c) + "\n" for c in known))
-    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+            durable.write_text(file, "".join(json.dumps(c) + "\n" for c in known))
+    print(table(durable.read_lines(file)))
     return 0
 
 

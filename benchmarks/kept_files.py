@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cnn2gnn_dist import durable
 
@@ -39,9 +40,11 @@ def digest(*settings: object, files: Iterable[Path] = ()) -> str:
 
 
 def lines_made_from(source: str, file: Path) -> list[dict[str, Any]]:
-    """Lines of JSON that ``add_line`` has kept for this source. Others stay in the file, but don't count."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    """Lines of JSON that ``add_line`` has kept for this source. Others stay in the file, but don't count.
+
+    Neither does a line that a kill cut off.
+    """
+    lines = durable.read_lines(file) if file.exists() else []
     own = [line for line in lines if line.get("made_from") == source]
     if others := len(lines) - len(own):
         print(f"{file}: lines made from something else: {others}", file=sys.stderr)
@@ -50,5 +53,12 @@ def lines_made_from(source: str, file: Path) -> list[dict[str, Any]]:
 
 def add_line(source: str, file: Path, line: dict[str, Any]) -> None:
     """Keep a line of JSON that is made from this source."""
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(line | {"made_from": source}) + "\n")
+    with open(file, "ab+") as lines:
+        if lines.tell() and not _ends_a_line(lines):
+            lines.write(b"\n")
+        lines.write(f"{json.dumps(line | {'made_from': source})}\n".encode())
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from cnn2gnn_dist import durable
+
 WAYS = ("sampled", "cached")
 SCHEDULE = ["teacher.epochs=6", "student.epochs=10", "graph.start_epoch=5", "graph.refresh_epochs=1",
             "graph.partition.parts=1", "run.ranks=1", "student.control=false"]  # fmt: skip
@@ -60,11 +62,11 @@ def main() -> int:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     log = given.folder / "results.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = durable.read_lines(log) if log.exists() else []
     for seed in given.seeds:
         if seed not in [row["seed"] for row in rows]:
             rows.append(one(given.folder, seed, given.limit))
-            log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            durable.write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
             print(rows[-1], flush=True)
     gaps = [100 * (row["cached"] - row["sampled"]) for row in rows]
     for way in WAYS:

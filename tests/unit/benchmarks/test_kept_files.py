@@ -42,6 +42,17 @@ def test_a_digest_is_of_settings_names_and_contents(tmp_path: Path) -> None:
     assert len({first, *others}) == 6
 
 
+def test_a_line_that_a_kill_cut_off_costs_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "trials.jsonl"
+    for number in range(2):
+        kept_files.add_line("a", file, {"trial": number})
+    file.write_bytes(file.read_bytes()[:-9])
+    assert [line["trial"] for line in kept_files.lines_made_from("a", file)] == [0]
+    kept_files.add_line("a", file, {"trial": 1})
+    assert [line["trial"] for line in kept_files.lines_made_from("a", file)] == [0, 1]
+    assert kept_files.lines_made_from("b", file) == []
+
+
 def test_features_are_computed_again_for_other_data_or_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
