@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def test_of_several_that_ended_the_first_is_named():
     os.kill(supervisor, signal.SIGSTOP)
     for name in ("second", "first"):
         os.kill(made.processes[name], signal.SIGKILL)
+        while psutil.Process(made.processes[name]).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)  # the supervisor names one of those that have ended when it looks
     os.kill(supervisor, signal.SIGCONT)
     assert made.first_exit() == "first was killed by signal 9"
     made.end()
