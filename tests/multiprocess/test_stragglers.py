@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import torch
 
@@ -11,12 +12,19 @@ from cnn2gnn_dist.stages.shared import stragglers
 from cnn2gnn_dist.stages.shared.tally import Tally
 from tests.support import rank_group
 
+WORK_S = 0.4
+"""Processor time of one step of the slow rank."""
+
 
 def steps(slow: int) -> list[float]:
-    """The work time of all ranks in steps that end together; one rank has 40 times as much to do."""
+    """The work time of all ranks in steps that end together; only one rank has anything to do.
+
+    That is much more than a rank's waiting for a core adds up to when it wakes, which counts as its work, too.
+    """
     tally, work = Tally(torch.device("cpu")), b"x" * 1_000_000
     for _ in range(4):
-        for _ in range(40 if collectives.rank() == slow else 1):
+        end = time.thread_time() + WORK_S * (collectives.rank() == slow)
+        while time.thread_time() < end:
             hashlib.sha256(work)
         collectives.barrier()
     return collectives.all_reduce_sum(torch.tensor(tally.own_work(), dtype=torch.float64)).tolist()
