@@ -204,19 +204,25 @@ def test_an_abandoned_loop_leaves_the_stream_usable(spec):
 def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypatch):
     import ray
 
-    asked = []
+    asked, victims = [], {}
     plain = ray_readers._Reader.ask
-    monkeypatch.setattr(
-        ray_readers._Reader, "ask", lambda self, a: (asked.append(1), plain(self, a))
-    )
+
+    def ask(self, answer):
+        asked.append(answer)
+        victim = victims.pop(self, None) if len(asked) > 6 else None
+        if victim is not None:
+            os.kill(victim, signal.SIGSTOP)  # so that it can't answer before it is killed
+        plain(self, answer)
+        if victim is not None:
+            os.kill(victim, signal.SIGKILL)
+
+    monkeypatch.setattr(ray_readers._Reader, "ask", ask)
     requests = some_requests(16)
-    found = []
     with ReaderPool(spec, backend="ray", workers=2, prefetch=4) as stream:
-        victims = [ray.get(reader.actor.process_id.remote()) for reader in stream._readers._readers]
-        for number, batch in enumerate(stream.batches(requests)):
-            found.append(batch)
-            if number == 2:
-                os.kill(victims[0], signal.SIGKILL)
+        first = stream._readers._readers[0]
+        victims[first] = ray.get(first.actor.process_id.remote())
+        found = list(stream.batches(requests))
+    assert not victims
     assert_same(found, expected(spec, requests))
     assert len(asked) > len(requests)
 
