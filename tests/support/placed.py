@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 from tests.support.shards import make_shards, random_images
@@ -35,12 +36,14 @@ def where(ranks: Ranks) -> tuple[str, int, str]:
 
 
 def where_again(ranks: Ranks, folder: str) -> tuple[str, str]:
-    """Nodes of a rank before and after rank 1 has died once."""
+    """Nodes of a rank before and after rank 1 has died once, when all had noted theirs."""
     node = where(ranks)[0]
     note = Path(folder, f"rank-{ranks.rank}")
     if not note.exists():
-        note.write_text(node)
+        durable.write_text(note, node)
         if ranks.rank == 1:
+            while not all(Path(folder, f"rank-{r}").exists() for r in range(ranks.world_size)):
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         signal.pause()
     return note.read_text(), node
