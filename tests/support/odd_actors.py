@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from cnn2gnn_dist.data.reading.reader_actor import ReaderActor, batch_of
+from tests.support.odd_readers import starts
 
 
 class MortalActor(ReaderActor):
@@ -16,7 +17,8 @@ class MortalActor(ReaderActor):
 
     def __init__(self, spec):
         self.folder = Path(spec.manifest).parent
-        self.die(f"start-{len(list((self.folder / 'pids').iterdir()))}")
+        for moment in starts(self.folder, len(list((self.folder / "pids").iterdir()))):
+            self.die(moment)
         (self.folder / "pids" / str(os.getpid())).touch()
         super().__init__(spec)
 

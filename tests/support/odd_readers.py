@@ -12,6 +12,16 @@ from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec
 MOMENTS = ("start", "before", "within")
 
 
+def starts(folder: Path, started: int) -> list[str]:
+    """The planned deaths of those readers that start when so many have started, or had done so before.
+
+    Of two that start at the same time neither need see that it is the next one, so a number that was passed over
+    is the next one's.
+    """
+    numbers = [int(path.name.split("-")[1]) for path in (folder / "plan").glob("start-*")]
+    return [f"start-{number}" for number in sorted(numbers) if number <= started]
+
+
 class Noting(Reader):
     """A reader that records what it reads."""
 
@@ -40,7 +50,9 @@ class Mortal(Noting):
     def __init__(self, spec: ReaderSpec) -> None:
         folder = Path(spec.manifest).parent
         (folder / f"{os.getpid()}.pid").touch()
-        self.die(folder, f"start-{len(list(folder.glob('*.pid')))}")
+        started = len(list(folder.glob("*.pid")))
+        for moment in starts(folder, started):
+            self.die(folder, moment)
         super().__init__(spec)
 
     def read(self, request, into=None):
