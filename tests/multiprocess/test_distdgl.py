@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from cnn2gnn_dist.errors import PeerLost
 from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.sampler import TableSampler
+from cnn2gnn_dist.runtime.group import members
 from tests.support.blocks import sampled_block
 from tests.support.distdgl import D, M, N, make_version, needs_namespaces, serving
 from tests.support.runs import (
@@ -41,15 +43,18 @@ def graph(tmp_path_factory):
     """A version, and the two machines that serve it."""
     root = tmp_path_factory.mktemp("served")
     version = make_version(root, 2)
-    before = set(os.listdir("/dev/shm"))
+    before = left_in_memory()
     with serving(version, root) as machines:
         yield version, machines
         family = [psutil.Process(p) for machine in machines for p in machine.processes.values()]
     assert not any(process.is_running() for process in family)
-    # Tests that run at the same time create and remove semaphores (Python's multiprocessing, joblib).
+    assert members.wait_until(lambda: left_in_memory() <= before, 60.0), left_in_memory() - before
+
+
+def left_in_memory() -> set[str]:
+    """Files in shared memory, except for semaphores of tests that run at the same time, which others create, too."""
     passing = ("sem.mp-", "sem.loky-")
-    left = {name for name in os.listdir("/dev/shm") if not name.startswith(passing)}
-    assert left <= before
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(passing)}
 
 
 def packed(table: np.ndarray) -> np.ndarray:
@@ -239,7 +244,12 @@ def one_of(process, module: str) -> psutil.Process:
 
 def parts_of(family: list[psutil.Process], module: str) -> list[psutil.Process]:
     """The processes that run this module."""
-    return [p for p in family if p.cmdline()[2:3] == [f"cnn2gnn_dist.graph.{module}"]]
+    found = []
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has exited since
+            if one.cmdline()[2:3] == [f"cnn2gnn_dist.graph.{module}"]:
+                found.append(one)
+    return found
 
 
 def test_a_truncated_partition_is_named(tmp_path):
