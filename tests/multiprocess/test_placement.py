@@ -32,7 +32,7 @@ def said_by(program: str, folder: Path, timeout: float, **settings: str) -> str:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    said = said_by("tests.support.placed", tmp_path_factory.mktemp("placed"), 600)
+    said = said_by("tests.support.placed", tmp_path_factory.mktemp("placed"), 1100)
     return json.loads(said.splitlines()[-1])
 
 
@@ -80,7 +80,7 @@ def test_readers_on_nodes_of_their_own(found):
 def test_work_of_a_lost_node_is_done_by_the_next_and_ends_with_the_last(tmp_path):
     sooner = {"period_ms": "1000", "timeout_ms": "5000", "failure_threshold": "3"}
     how = {f"RAY_health_check_{name}": value for name, value in sooner.items()}
-    said = said_by("tests.support.lost_room", tmp_path, 240, **how)
+    said = said_by("tests.support.lost_room", tmp_path, 600, **how)
     assert "[(1, 1)]" in said.splitlines()
     assert "no room for an actor of 1 CPUs and 0 GPUs" in said
 

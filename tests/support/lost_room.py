@@ -25,6 +25,13 @@ def main(folder: Path) -> None:
     from cnn2gnn_dist.runtime.ray import pool as ray_pool
     from tests.support.pool_work import endless
 
+    class Patient(ray_pool._Calls):
+        """Waits longer for the first actor: on a loaded machine a process takes that long to start."""
+
+        def __init__(self, cpus: float, gpus: float) -> None:
+            super().__init__(cpus, gpus)
+            self._deadline += 170.0
+
     # Else Ray takes the machine's address for 127.0.0.1, where nothing listens.
     services.resolve_ip_for_localhost = lambda address, *_: address
     here = {"node_ip_address": "127.0.0.1"}
@@ -34,6 +41,7 @@ def main(folder: Path) -> None:
     raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     ray_pool.START_SECONDS = 10.0
+    ray_pool._Calls = Patient  # type: ignore[misc]
 
     def work(item: int, how: int, **given: bool) -> None:
         losing = threading.Thread(target=lose_the_node_of, args=(folder / str(item), how))

@@ -4,7 +4,8 @@ This process is the subreaper of everything that the driver starts: orphans beco
 none escapes, and unrelated processes are not counted. ``listening`` reports the addresses on which they
 listen when the trigger occurs. With ``private`` it runs in a separate mount namespace with its own
 /dev/shm. The job: ``command``, ``environment``, ``signal`` (a number or null, sent when a line of the
-driver contains ``trigger``), ``seconds`` to wait for what is left, ``private``, ``result`` (a path).
+driver contains ``trigger`` and processes of the ``awaited`` names have started), ``seconds`` to wait for these and
+for what is left, ``private``, ``result`` (a path).
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ def main() -> None:
     for line in driver.stdout:
         seen.append(line)
         if not started and job["trigger"] in line:
-            children = psutil.Process().children(recursive=True)
-            started = [_name(child) for child in children]
+            children, started = _started(job["awaited"], job["seconds"])
             listening = [address for child in children for address in _listening(child)]
             if job["signal"] is not None:
                 os.kill(driver.pid, job["signal"])
@@ -57,6 +57,18 @@ def main() -> None:
     result["listening"] = listening
     result["shared"] = sorted(set(os.listdir("/dev/shm")) - shared)
     Path(job["result"]).write_text(json.dumps(result))
+
+
+def _started(awaited: list[str], seconds: float) -> tuple[list[psutil.Process], list[str]]:
+    """The processes below this one, and their names, when the awaited ones are among them or time is up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        children = psutil.Process().children(recursive=True)
+        names = [_name(child) for child in children]
+        said = " ".join(names)
+        if all(part in said for part in awaited) or time.monotonic() > deadline:
+            return children, names
+        time.sleep(0.1)
 
 
 def _left(seconds: float) -> list[str]:

@@ -63,8 +63,9 @@ OUTPUTS = (
 """What the stages leave in a run's folder, from the teacher on."""
 
 
-SHARED_CORES = {"RAY_worker_niceness": "0"}
-"""For a Ray next to other tests: otherwise its workers yield to all of them, and give up if they start too late."""
+SHARED_CORES = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "240"}
+"""For a Ray next to other tests: otherwise its workers yield to all of them, and give up if they start too late, as
+whoever starts a node does after 30 s."""
 
 
 def environment(**more: str) -> dict[str, str]:
