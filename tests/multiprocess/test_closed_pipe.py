@@ -18,7 +18,7 @@ def test_a_reader_that_has_gone_away_is_no_error(also_stderr: bool):
         stdout=writes,
         stderr=writes if also_stderr else subprocess.PIPE,
         env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
-        timeout=120,
+        timeout=600,
     )
     os.close(writes)
     assert ended.returncode == 141  # as a shell says it of a program that SIGPIPE ended

@@ -23,7 +23,7 @@ SURVIVES = {
 
 
 UNFOLD = """
-import json, resource, signal, sys, warnings
+import json, resource, sys, warnings
 import numpy as np
 from tests.support.bombs import all_bombs
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode
@@ -36,7 +36,7 @@ spec = ViewSpec("random_resized_crop", 32)
 import torch.nn.functional  # what is loaded once, such as for a resize, is loaded before the limit
 for data in (b"", b"\\xff\\xd8"):
     fill_views(spec, [data], np.arange(1), 0, np.zeros((1, 32, 32, 3), np.uint8))
-signal.alarm(120)
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (800 << 20),) * 2)
 found = {}

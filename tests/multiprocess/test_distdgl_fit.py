@@ -93,7 +93,7 @@ def serving_case(root: str, version: str, fault: str) -> str:
 def test_what_keeps_one_rank_from_serving_ends_all_at_once(tmp_path, fault, words):
     """DGL's servers wait minutes for the missing one."""
     version = make_version(tmp_path, 2)
-    told = rank_group.run(serving_case, 2, str(tmp_path), str(version.path), fault, timeout=120)
+    told = rank_group.run(serving_case, 2, str(tmp_path), str(version.path), fault, timeout=240)
     for text in told:
         assert words.format(socket.gethostname()) in text
         assert text.endswith(" []")

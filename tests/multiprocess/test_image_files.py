@@ -16,5 +16,5 @@ def test_what_a_shell_substitutes_is_read(tmp_path):
         line = f'"$0" -c "$1" <({wait}cat 1.png)'
         command = ["bash", "-c", line, sys.executable, code]
         assert (
-            subprocess.run(command, cwd=tmp_path, stdout=-1, timeout=60, check=True).stdout == PNG
+            subprocess.run(command, cwd=tmp_path, stdout=-1, timeout=300, check=True).stdout == PNG
         )

@@ -52,7 +52,7 @@ def wait_for_the_dead(victim: int) -> str:
 def test_a_killed_rank_is_named(victim: int) -> None:
     """Rank 0 hosts the store: when it is lost nothing can be asked, and the message says that too."""
     outcomes = rank_group.launch(
-        wait_for_the_dead, 2, victim, timeout=2 * rank_group.GROUP_TIMEOUT_S
+        wait_for_the_dead, 2, victim, timeout=5 * rank_group.GROUP_TIMEOUT_S
     )
     assert outcomes[victim].returncode == -signal.SIGKILL
     survivor = outcomes[1 - victim]
@@ -79,7 +79,7 @@ def wait_for_one_with_an_error(who: int) -> str:
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_rank_that_ended_with_an_error_is_not_lost(who: int) -> None:
     outcomes = rank_group.launch(
-        wait_for_one_with_an_error, 2, who, timeout=2 * rank_group.GROUP_TIMEOUT_S
+        wait_for_one_with_an_error, 2, who, timeout=5 * rank_group.GROUP_TIMEOUT_S
     )
     assert [one.returncode for one in outcomes] == [2, 2], outcomes
     said = "the disk is full" in outcomes[1 - who].output

@@ -33,7 +33,7 @@ def test_without_a_network_pretrained_says_what_to_do(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("pretrained weights of resnet18 can't be loaded") == 2

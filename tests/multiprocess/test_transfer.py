@@ -33,7 +33,7 @@ def test_threads_and_children_read_on_their_own(web, way):
     answer = context.Queue()
     child = context.Process(target=read_in_child, args=(url, answer))
     child.start()
-    assert answer.get(timeout=60) == BYTES[100:1100]
+    assert answer.get(timeout=300) == BYTES[100:1100]
     child.join()
     assert child.exitcode == 0
     assert urls.read_range(url, 0, 10) == BYTES[:10]

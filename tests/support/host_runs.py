@@ -58,7 +58,7 @@ def environment(members: Sequence[Host], rank: int, port: int = PORT) -> dict[st
     )
 
 
-def finish(ranks: Sequence[Fork], seconds: float = 300) -> list[tuple[int, str]]:
+def finish(ranks: Sequence[Fork], seconds: float = 600) -> list[tuple[int, str]]:
     """Exit code and output of each rank; no rank outlives this call."""
     try:
         return [runs.finish(rank, seconds) for rank in ranks]
@@ -72,7 +72,7 @@ def call(
     folder: Path,
     case: Callable[..., Any],
     *arguments: Any,
-    seconds: float = 180,
+    seconds: float = 600,
     timeout_s: float = rank_group.GROUP_TIMEOUT_S,
 ) -> list[Outcome]:
     """The outcomes of ``case(*arguments)`` in a group of one rank on each host (``rank_group.launch``).

@@ -35,7 +35,7 @@ class Outcome:
     output: str
 
 
-def run(case: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180) -> list:
+def run(case: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 600) -> list:
     """Return the values of ``case(*arguments)`` on ranks 0, 1, …; fail with their output on any error."""
     outcomes = launch(case, world_size, *arguments, timeout=timeout)
     failed = [(r, o) for r, o in enumerate(outcomes) if o.returncode != 0]
@@ -48,7 +48,7 @@ def launch(
     case: Callable[..., Any],
     world_size: int,
     *arguments: Any,
-    timeout: float = 180,
+    timeout: float = 600,
     group_timeout_s: float = GROUP_TIMEOUT_S,
 ) -> list[Outcome]:
     """Like ``run``, but accept any outcome of the ranks; no rank outlives this call."""
