@@ -12,7 +12,7 @@ from typing import Any
 
 from cnn2gnn_dist import consistency, ledger, settings
 from cnn2gnn_dist.config import Config
-from cnn2gnn_dist.errors import PeerLost, UserError, first_line
+from cnn2gnn_dist.errors import PeerLost, Preempted, UserError, first_line
 from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import across_hosts, keys
 from cnn2gnn_dist.pipeline.keys import Survey
@@ -127,6 +127,8 @@ def _tell_others(error: UserError, errors: exchange.ErrorExchange, stays: bool) 
     """Publish this rank's error; ``stays``: until that is done, another rank's exit doesn't stop this process."""
     if stays:
         preemption.ignore_stop()  # whoever reports the error may not be the first to end
+        if error.shared or isinstance(error, Preempted):
+            errors.let_rank_0_report()
     error.shared = errors.publish(error)
 
 

@@ -73,6 +73,18 @@ class ErrorExchange:
         """Stop polling."""
         self._over.set()
 
+    def let_rank_0_report(self) -> None:
+        """Before all ranks end with an error: wait until rank 0, which reports it, ignores requests to stop.
+
+        A launcher sends it one as soon as another rank has ended (every rank calls this).
+        """
+        if self._store is None:
+            return
+        if self.rank == 0:
+            _within(WAIT_S, lambda: self._store.set("reports", ""))
+        else:
+            _within(WAIT_S, lambda: self._store.wait(["reports"]))
+
     def publish(self, error: UserError) -> bool:
         """Pass an error of this rank, or of all ranks, to the others; wait until they have read it.
 

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.runtime import preemption
 
 CLOCKS_S = 60.0
 """Most seconds by which the clocks of two hosts may differ: times of files and logs are compared by hand."""
 LINGER_S = 5.0
-"""Seconds that rank 0, whose store often ends with it, waits for the others to read an error."""
+"""Seconds that rank 0, whose store often ends with it, waits for the others to read an error, and they for rank 0."""
 PACKAGES = ("torch", "deepspeed", "dgl", "numpy", "ray", "timm", "pyarrow")
 CHECK_OTHERS = "check the other ranks' output; for a single process unset RANK and WORLD_SIZE"
 POLL_S = 0.02
@@ -188,14 +189,25 @@ def meet(store: Any, own: Member, world_size: int, timeout: timedelta) -> None:
     clocks = _all(store, "clock", world_size, timeout, own.rank)
     members = [replace(m, clock=float(c)) for m, c in zip(members, clocks, strict=True)]
     wrong = problem_of(members)
-    store.add("members/read", 1)
     if wrong is not None:
-        if own.rank == 0:
-            wait_until(lambda: store.add("members/read", 0) >= world_size, LINGER_S)
+        _end_together(store, own.rank, world_size)
         wrong.shared = True
         raise wrong
     global _present
     _present = tuple(members)
+
+
+def _end_together(store: Any, rank: int, world_size: int) -> None:
+    """Wait until all have read an error, which rank 0 reports: a launcher stops it once another rank has ended."""
+    preemption.ignore_stop()
+    with contextlib.suppress(RuntimeError):  # torch's: rank 0 is late, or gone
+        if rank != 0:
+            store.wait(["members/stays"], timedelta(seconds=LINGER_S))
+        else:
+            store.set("members/stays", "")
+        store.add("members/read", 1)
+        if rank == 0:
+            wait_until(lambda: store.add("members/read", 0) >= world_size, LINGER_S)
 
 
 def _all(store: Any, name: str, world_size: int, timeout: timedelta, rank: int) -> list[bytes]:
