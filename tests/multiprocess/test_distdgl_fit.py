@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cnn2gnn_dist.stages.neighbours.served_graph import hosts_in_conflict, serve
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from tests.support import rank_group
-from tests.support.distdgl import make_version, needs_namespaces
+from tests.support.distdgl import M, N, make_version, needs_namespaces
 
 SERVED = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
 
@@ -81,6 +82,39 @@ def serving_case(root: str, version: str, fault: str) -> str:
         names = [p.name() for p in psutil.Process().children(recursive=True)] if not rank else []
         return f"{error.what} {names}"
     return "it serves"
+
+
+def contested_case(root: str, version: str) -> list[int]:
+    """The neighbors that a rank's servers know, if other processes look for ports before its server listens."""
+    rank, started, taken = collectives.rank(), SupervisedProcesses.started, []
+    config = settings.load("demo", [f"run.dir={root}", *SERVED])
+    ranks = Ranks(rank, rank, collectives.world_size(), master_addr="127.0.0.1")
+    folder = Path(root) / "student"
+    here = Context(config, ranks, RunPaths(Path(root)), folder, "key", "cpu", False)
+
+    def contested(self: SupervisedProcesses) -> bool:
+        for line in (folder / "distdgl" / f"rank-{rank:02d}").glob("servers.txt"):
+            other = socket.socket()
+            with contextlib.suppress(OSError):
+                other.bind(("127.0.0.1", int(line.read_text().splitlines()[rank].split()[1])))
+                taken.append(other)  # for good
+        return started(self)
+
+    SupervisedProcesses.started = contested  # type: ignore[method-assign]
+    served = serve(here, open_version(Path(version)))
+    found = served.neighbours(np.arange(N), M, epoch=0, step=0, hop=1, rank=rank)
+    collectives.barrier()
+    served.close()
+    assert not taken
+    return (found >= 0).sum(1).tolist()
+
+
+@needs_namespaces
+def test_the_port_of_a_server_is_its_own_from_the_moment_that_all_know_it(tmp_path):
+    """DGL's server listens seconds later: until then any connection of this host could have got it."""
+    version = make_version(tmp_path, 2)
+    wanted = (np.asarray(version.candidates) >= 0).sum(1).tolist()
+    assert rank_group.run(contested_case, 2, str(tmp_path), str(version.path)) == [wanted] * 2
 
 
 @pytest.mark.parametrize(

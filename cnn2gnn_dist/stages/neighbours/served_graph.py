@@ -31,17 +31,20 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
         UserError: ranks share a host whose kernel refuses mount namespaces; a rank can't reach rank 0, or
             start its server (each on every rank).
     """
+    with ExitStack() as ports:
+        return _served(context, version, ports)
+
+
+def _served(context: Context, version: GraphVersion, ports: ExitStack) -> ServedGraph:
+    """``serve``; ``ports`` holds this rank's port until its server listens there."""
     ranks, config = context.ranks, context.config
-    with (
-        ExitStack() as ports
-    ):  # held until all are known: ranks of a host must not get the same one
 
-        def look() -> tuple[str, bool, str, int]:
-            address = ranks.own_address()
-            found = ports.enter_context(socket.create_server((address, 0)))
-            return socket.gethostname(), can_isolate(), address, int(found.getsockname()[1])
+    def look() -> tuple[str, bool, str, int]:
+        address = ranks.own_address()
+        port = _held_port(address, ports)
+        return socket.gethostname(), can_isolate(), address, port
 
-        everyone = exchange.every_rank(look)
+    everyone = exchange.every_rank(look)
     hosts = hosts_in_conflict([(host, can) for host, can, *_ in everyone])
     if hosts:
         raise UserError(
@@ -78,3 +81,15 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
             one.close()
         raise
     return started[0]
+
+
+def _held_port(address: str, ports: ExitStack) -> int:
+    """A free port, which no other process gets while ``ports`` is open: DGL takes seconds to listen there.
+
+    A socket that is bound but doesn't listen keeps a port from all but sockets that are bound with SO_REUSEADDR to
+    this very port, as DGL's are.
+    """
+    held = ports.enter_context(socket.socket())
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((address, 0))
+    return int(held.getsockname()[1])
