@@ -76,18 +76,24 @@ def barrier(setting: Setting) -> Outcome:
         numbers[f"{kind}_file"] = kind == "device" or file.exists()
         collectives.barrier()
     everyone = collectives.all_gather_object(numbers)
-    held = all(
-        min(one[kind][1] for one in everyone) >= max(one[kind][0] for one in everyone)
-        and min(one[kind][2] for one in everyone) >= 0.9 * DELAY_S
-        and all(one[f"{kind}_file"] for one in everyone)
-        for kind in ("host", "device")
-    )
+    held = all(_held(kind, everyone) for kind in ("host", "device"))
     waited = [min(one[kind][2] for one in everyone) for kind in ("host", "device")]
     return Outcome(
         held,
         f"{setting.ranks} ranks waited {waited[0]:.2f} s for a late host, {waited[1]:.2f} s for a busy device "
         f"({DELAY_S:.0f} s late)",
         {"waited_s": waited},
+    )
+
+
+def _held(kind: str, everyone: list[dict[str, Any]]) -> bool:
+    """Whether all ranks left when the late one had arrived, and not before its delay: they may have begun later."""
+    left = min(one[kind][1] for one in everyone)
+    _, late_left, late_took = everyone[0][kind]
+    return (
+        left >= max(one[kind][0] for one in everyone)
+        and left - (late_left - late_took) >= 0.9 * DELAY_S
+        and all(one[f"{kind}_file"] for one in everyone)
     )
 
 

@@ -115,6 +115,20 @@ def test_a_search_that_misses_a_neighbour_is_found(toy, monkeypatch):
     assert not alone.search(toy).holds
 
 
+@pytest.mark.parametrize(
+    ("left", "holds"), [((11.0, 11.1), True), ((11.0, 10.5), False), ((10.6, 10.7), False)]
+)
+def test_a_barrier_is_judged_by_the_late_ranks_delay_whenever_the_others_began(left, holds):
+    """Rank 0 began at 10.0 s and came DELAY_S later, or at once with a device that was busy; rank 1 began at 10.4 s."""
+    came = 11.0 if holds else 10.0
+    numbers = [(came, left[0], left[0] - 10.0), (10.4, left[1], left[1] - 10.4)]
+    everyone = [{"host": one, "host_file": True} for one in numbers]
+    assert group._held("host", everyone) == holds
+    for one in everyone:
+        one["host_file"] = False
+    assert not group._held("host", everyone)
+
+
 def test_norms_of_another_network_are_far_apart():
     found, wanted = torch.ones(3), torch.tensor([1.0, 1.0, 1.01])
     assert group._apart(found, wanted, [(found, wanted)]) == pytest.approx(0.01 / 1.01)
