@@ -41,6 +41,7 @@ def test_no_part_of_a_tiny_graph_is_empty(nodes):
     assert np.bincount(part, minlength=4).min() >= 1
 
 
+@pytest.mark.skipif(not fixed_addresses(), reason="elsewhere METIS nearly always repeats itself")
 def test_metis_sees_the_nearest_candidates_only():
     """A longer table, with far neighbors after the near ones, is cut like the table of the near ones alone."""
     table = random_table(300, partition.METIS_CANDIDATES + 6, 0)
