@@ -106,7 +106,8 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
         _, alive = psutil.wait_procs(started, timeout=10)
         for process in alive:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
+                process.kill()
         patch.undo()
         shutil.rmtree(FOLDER / "t", ignore_errors=True)
 

@@ -50,8 +50,15 @@ def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
     """The rank processes of a launcher, in order."""
     children = psutil.Process(process.pid).children()
     forked = isinstance(process, Fork)  # torchrun has other kinds of children too
-    ranks = [child for child in children if forked or "launch/train.py" in child.cmdline()]
+    ranks = [child for child in children if forked or "launch/train.py" in _command(child)]
     return sorted(ranks, key=lambda child: child.pid)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """The words of a process's command; none if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 def frozen(process: subprocess.Popen[str] | Fork, name: str) -> list[psutil.Process]:
@@ -71,7 +78,8 @@ def kill_all(process: subprocess.Popen[str] | Fork) -> str:
     """Send SIGKILL to a process and all its descendants; return the rest of the output."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
-        os.kill(member.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended with its parent
+            os.kill(member.pid, signal.SIGKILL)
     output = process.communicate()[0]
     psutil.wait_procs([m for m in family if isinstance(m, psutil.Process)])
     return output
