@@ -41,3 +41,6 @@ def allow(members: Sequence[Host], folder: Path, home: Path | None = None) -> No
     for host in members:
         host.mount(folder / "client", Path("/etc/ssh/ssh_config"))
         host.shell(f"mkdir -p /run/sshd; $(which sshd) -f {folder}/server")
+    for host in members:  # it listens only after its first process has ended
+        listens = "until ss -H --listening --tcp 'sport = :22' | grep -q .; do sleep 0.1; done"
+        host.shell(f'timeout 120 sh -c "{listens}"')
