@@ -82,14 +82,14 @@ def test_a_link_that_is_cut_for_a_while_and_one_that_stays_cut(
 
     run = folder / "lost"
     whole = [*host_runs.micro(run), *chosen]
-    ranks = host_runs.start(pair, [*whole, "cluster.timeout_s=6"], port=29_501)
+    ranks = host_runs.start(pair, [*whole, f"cluster.timeout_s={LOST_S}"], port=29_501)
     reach(ranks[0], run, "teacher", 6)
     pair[1].cut()
     ended = host_runs.finish(ranks)
     pair[1].restore()
     for (code, output), other in zip(ended, ("rank 1 on node-b", "rank 0 on node-a"), strict=True):
         assert code == PeerLost.exit_code, output[-4000:]
-        assert f"another rank died, or did not answer within 6 s: {other}" in output
+        assert f"another rank died, or did not answer within {LOST_S} s: {other}" in output
     for code, output in host_runs.finish(host_runs.start(pair, whole, port=29_502)):
         assert code == 0, output[-4000:]
     assert runs.trail(run, ("teacher",)) == runs.trail(micro_run, ("teacher",))
