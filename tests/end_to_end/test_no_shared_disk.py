@@ -75,11 +75,13 @@ def test_a_run_killed_on_both_hosts_and_continued_on_empty_folders(
     stored = f"run.storage={url}"
 
     def has(stage: str, checkpoint: str) -> Any:
-        return lambda: checkpoint in stored_checkpoints(bucket, url, stage)
+        """This checkpoint, or a later one: not every one is copied."""
+        return lambda: max(stored_checkpoints(bucket, url, stage), default="") >= checkpoint
 
     kill_when(own_folders.start([a, b], stored), has("teacher", "step-00000008"))
-    [there] = [p for p in disk.all_of(disk.root_of(b / "run" / "teacher")) if p.name.endswith("8")]
-    assert [p.name for p in there.glob("rank-*.safetensors")] == ["rank-00001-of-00002.safetensors"]
+    there = disk.all_of(disk.root_of(b / "run" / "teacher"))
+    shares = [p.name for one in there for p in one.glob("rank-*.safetensors")]
+    assert shares == ["rank-00001-of-00002.safetensors"] * len(there) != []
     shutil.rmtree(b)
     kill_when(own_folders.start([a, b], stored), lambda: any(b.glob("run/targets/*.parquet")))
     kill_when(

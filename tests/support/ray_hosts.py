@@ -34,7 +34,6 @@ class RayHosts:
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(token),
             RAY_memory_monitor_refresh_ms="0",
-            RAY_raylet_start_wait_time_s="240",  # its 30 are too few where many tests share two cores
             RAY_health_check_period_ms="1000",
             RAY_health_check_timeout_ms="5000",
             RAY_health_check_failure_threshold="6",
