@@ -76,7 +76,7 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
 
 def jobs_script(tmp_path: Path, session: Path, run: Path, stopped: Path) -> str:
     """A script that starts a cluster, submits jobs in every way, stops one, and prints the exit code of each."""
-    ports = {name: free_port() for name in ("gcs", "dashboard", "client")}
+    ports = {"gcs": 6379, "dashboard": 8265, "client": 10001}  # of a network of its own
     teacher = (
         f"{sys.executable} -m cnn2gnn_dist teacher --config demo {_quoted(MICRO)} run.dir={run}"
     )
@@ -84,7 +84,8 @@ def jobs_script(tmp_path: Path, session: Path, run: Path, stopped: Path) -> str:
     return f"""
     ip link set lo up
     ray get-auth-token --generate > /dev/null
-    PATH=/usr/local/bin:/usr/bin:/bin {BIN}/ray start --head --block --disable-usage-stats \
+    RAY_JOB_STOP_WAIT_TIME_S=200 PATH=/usr/local/bin:/usr/bin:/bin \
+        {BIN}/ray start --head --block --disable-usage-stats \
         --node-ip-address 127.0.0.1 --port {ports["gcs"]} --num-cpus 2 \
         --dashboard-host 127.0.0.1 --dashboard-port {ports["dashboard"]} --include-dashboard true \
         --ray-client-server-port {ports["client"]} --temp-dir {session} > {tmp_path}/head.log 2>&1 &
@@ -111,14 +112,16 @@ def jobs_script(tmp_path: Path, session: Path, run: Path, stopped: Path) -> str:
     echo "tokenless script exit $?"
     export RAY_AUTH_MODE=token
     ray job submit --no-wait --submission-id stopped --working-dir . -- {sys.executable} -m cnn2gnn_dist run \
-        --config demo {_quoted(MICRO)} teacher.epochs=2000 checkpoint.every_steps=100000 run.dir={stopped}
-    for i in $(seq 1200); do [ -s {stopped}/teacher/metrics.jsonl ] && break; sleep 0.1; done
+        --config demo {_quoted(MICRO)} teacher.epochs=2000 checkpoint.every_steps=100000 cluster.grace_s=180 \
+        run.dir={stopped}
+    for i in $(seq 4000); do [ -s {stopped}/teacher/metrics.jsonl ] && break; sleep 0.1; done
     ray job stop stopped
     ray job logs stopped
     """
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
@@ -134,7 +137,7 @@ def test_ray_job(micro_run, tmp_path):
         alone = ["unshare", "-n", "bash", "-c", script]
         process = start(alone, bare_environment(tmp_path / "home"))
         try:
-            _, output = finish(process, 800)
+            _, output = finish(process, 1500)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
