@@ -23,6 +23,8 @@ from tests.support.forks import Fork
 from tests.support.runs import bare_environment, cnn2gnn, environment, finish
 from tests.support.serving import ALLOWED, TOKEN, encoded, parts, served_model
 
+PATIENCE_MS = 120_000
+"""For the browser, on a loaded machine."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -100,7 +102,9 @@ def test_requests_in_flight_are_answered_before_the_end(folder: Path, number: si
                   for _ in range(3)]  # fmt: skip
         for one in asking:
             one.sendall(head + image[:20])
-        while "cnn2gnn_requests_in_flight 4.0" not in httpx.get(f"{address}/metrics").text:
+        while (
+            "cnn2gnn_requests_in_flight 4.0" not in httpx.get(f"{address}/metrics", timeout=60).text
+        ):
             pass  # the request for the metrics is the fourth
         process.send_signal(number)
         while listens(port):
@@ -116,7 +120,7 @@ def test_requests_in_flight_are_answered_before_the_end(folder: Path, number: si
 
 def test_a_client_that_goes_away_during_its_upload_is_counted_as_such(folder: Path):
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n"
-    with served(folder) as (process, address), httpx.Client(base_url=address) as client:
+    with served(folder) as (process, address), httpx.Client(base_url=address, timeout=60) as client:
         port = int(address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), 60) as leaving:
             leaving.sendall(head + b"part")
@@ -195,7 +199,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as engine:
         options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        found = engine.chromium.launch(executable_path=CHROMIUM, args=options)
+        found = engine.chromium.launch(executable_path=CHROMIUM, args=options, timeout=PATIENCE_MS)
         yield found
         found.close()
 
@@ -204,6 +208,7 @@ def browser() -> Iterator[Any]:
 def page_of(browser: Any, address: str, **options: Any) -> Iterator[Any]:
     """The page; asserts that all its requests go to the server and that no script fails."""
     context = browser.new_context(**options)
+    context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
     asked: list[str] = []
     wrong: list[str] = []
@@ -227,7 +232,7 @@ def files(images: list[bytes]) -> list[dict[str, Any]]:
 
 
 def shows(page: Any, selector: str, text: str) -> None:
-    page.locator(selector, has_text=re.compile(text)).first.wait_for(timeout=60_000)
+    page.locator(selector, has_text=re.compile(text)).first.wait_for()
 
 
 def verdicts(page: Any) -> list[str]:
