@@ -13,7 +13,7 @@ from tests.support.hosts import Host
 from tests.support.runs import environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-SECONDS = 60.0
+SECONDS = 240.0
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={first}({address})
@@ -79,7 +79,7 @@ class Slurm:
         fields = self.ask("scontrol", "show", "job", "--oneliner", job).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, job: str, *states: str, seconds: float = 240.0) -> dict[str, str]:
+    def wait(self, job: str, *states: str, seconds: float = 500.0) -> dict[str, str]:
         """Wait for one of these states, or for another end of the job."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         deadline = time.monotonic() + seconds
