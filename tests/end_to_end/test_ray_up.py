@@ -87,9 +87,9 @@ def test_up_and_down(three: tuple[Host, ...], folder: Path) -> None:
     config = three_lines(folder, head, worker)
     ray(user, "up", "--yes", str(config))
     log = ["grep", "-q", "Ray runtime started", f"{HOME}/.ray/worker-{worker.name}.log"]
-    assert members.wait_until(lambda: worker.run(log, capture_output=True).returncode == 0, 240), (
+    assert members.wait_until(lambda: worker.run(log, capture_output=True).returncode == 0, 450), (
         head.shell("tail -n 50 /tmp/ray/session_latest/logs/monitor.*")
     )
     ray(user, "exec", str(config), "RAY_AUTH_MODE=token ~/.local/bin/ray status")
     ray(user, "down", "--yes", str(config))
-    assert members.wait_until(lambda: not any(map(running, three)), 240), [*map(running, three)]
+    assert members.wait_until(lambda: not any(map(running, three)), 450), [*map(running, three)]
