@@ -69,7 +69,7 @@ def test_the_head_dies_and_then_a_host_that_returns(
     arguments = [*host_runs.micro(run, *ON_BOTH), f"cluster.timeout_s={LOST_S}"]
     with ray_hosts.started(pair, folder, (1, 1)) as cluster:
         driver = cluster.run(*arguments)
-        reach(driver, run, "teacher", 5)
+        reach(driver, run, "teacher")  # from here on there is something to resume
         check_listeners(pair)
         pair[0].shell("pkill -KILL gcs_server")
         code, output = runs.finish(driver)
