@@ -366,7 +366,7 @@ def _link(root: Path, view: Path, depth: int = 2) -> None:
         if depth and path.is_dir():
             (view / path.name).mkdir()
             _link(path, view / path.name, depth - 1)
-        else:
+        elif path.suffix != ".tmp":  # of a kill: the next writer of that name would write into it
             (view / path.name).symlink_to(path)
 
 

@@ -199,6 +199,21 @@ def test_a_plan_with_a_copy_is_that_of_the_storage(tmp_path):
     assert files_below(there) == before
 
 
+def test_a_plan_does_not_write_into_what_a_kill_has_left(tmp_path):
+    root, view = tmp_path / "run", tmp_path / "view"
+    storage = opened(root)
+    ledger.begin(root / "teacher", Entry("k", {}))
+    storage.upload("teacher")
+    storage.uploads["teacher"].wait()
+    for name in (ledger.NOTE, f"teacher/{ledger.HELD}"):
+        (root / f"{name}.tmp").write_text("half")
+    before = files_below(root)
+    view.mkdir()
+    RunStorage.look(root, URL, view)
+    assert ledger.held(view / "teacher")
+    assert files_below(root) == before
+
+
 def test_a_folder_of_something_else_does_not_become_a_copy(tmp_path):
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(UserError, match="not a run folder"):
