@@ -106,9 +106,11 @@ def test_sets_have_their_coverage_after_an_edit(calibrated, edit):
     again = reader.predict(APART[:5], coverage=0.8)
     assert [a.scores for a in again] == [a.scores for a in model.predict(APART[:5], coverage=0.8)]
     editing.undo(model)
-    exported = model.scoring.calibration.sets.sets(model.predict_proba(APART), 0.8)
-    found = model.predict(APART, coverage=0.8)
-    assert [len(a.scores["set"]) for a in found] == exported.sum(1).tolist()
+    size_N = np.array([len(a.scores["set"]) for a in model.predict(APART, coverage=0.8)])
+    # An image set apart is the limit itself: on which side it is depends on rounding, so on the number of threads.
+    exported, p = model.scoring.calibration.sets, model.predict_proba(APART)
+    assert (exported.sets(p - 1e-6, 0.8).sum(1) <= size_N).all()
+    assert (exported.sets(p + 1e-6, 0.8).sum(1) >= size_N).all()
 
 
 def test_coverage_with_fewer_images_set_apart(calibrated, caplog):
