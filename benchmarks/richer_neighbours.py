@@ -150,7 +150,7 @@ def right_with_a_head(
         inputs: name, and features of the calibration and of the test images.
         calibration, test: with the self path's logits, and labels.
     """
-    offset = {id(part): part["self"].log_softmax(1) for part in (calibration, test)}
+    known_NC, asked_QC = (part["self"].log_softmax(1) for part in (calibration, test))
     label_N = calibration["labels"]
     fold_N = torch.arange(len(label_N)) % FOLDS  # images of a manifest are in an arbitrary order
     best: tuple[float, str, Tensor] | None = None
@@ -158,17 +158,15 @@ def right_with_a_head(
         centre, scale = known_ND.mean(0), known_ND.std() * known_ND.shape[1] ** 0.5
         known_ND, asked_QD = ((one - centre) / scale for one in (known_ND, asked_QD))
         for penalty in PENALTIES:
-            scores_NC = torch.empty_like(calibration["self"])
+            scores_NC = torch.empty_like(known_NC)
             for fold in range(FOLDS):
                 rest, here = fold_N != fold, fold_N == fold
-                weight, bias = linear_head(
-                    offset[id(calibration)][rest], known_ND[rest], label_N[rest], penalty
-                )
-                scores_NC[here] = offset[id(calibration)][here] + known_ND[here] @ weight + bias
+                weight, bias = linear_head(known_NC[rest], known_ND[rest], label_N[rest], penalty)
+                scores_NC[here] = known_NC[here] + known_ND[here] @ weight + bias
             loss = float(nn.functional.cross_entropy(scores_NC, label_N))
             if best is None or loss < best[0]:
-                weight, bias = linear_head(offset[id(calibration)], known_ND, label_N, penalty)
-                answer_Q = (offset[id(test)] + asked_QD @ weight + bias).argmax(1)
+                weight, bias = linear_head(known_NC, known_ND, label_N, penalty)
+                answer_Q = (asked_QC + asked_QD @ weight + bias).argmax(1)
                 best = loss, f"{name}penalty {penalty:g}", answer_Q == test["labels"]
     assert best is not None
     return best[1:]
